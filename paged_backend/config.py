@@ -1,0 +1,72 @@
+"""Every knob of the engine, once."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from paged_backend.errors import CheckedModel, InvalidArgument
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("KMGT", start=1)}
+
+
+def _parse_bytes(value: object) -> object:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?)B?\s*", value) if isinstance(value, str) else None
+    return int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else value
+
+
+Bytes = Annotated[int, BeforeValidator(_parse_bytes)]
+
+
+class EngineConfig(CheckedModel):
+    """Configuration of one `Engine`. Immutable; a bad value raises `InvalidArgument` naming the field."""
+
+    model: str | None = None
+    """Local directory, hub id, or a name listed by `paged-backend models`. None when a loaded model is passed in."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    trust_remote_code: bool = False
+    """Run Python code shipped inside the model folder."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights and KV cache. "auto" is what the checkpoint says."""
+    device: str = "auto"
+    """torch device, such as "cpu" or "cuda:1". "auto" is the first CUDA device, else the CPU."""
+
+    block_size: int = Field(16, ge=1, le=1024)
+    """Tokens per KV block."""
+    num_blocks: int | None = Field(None, ge=1)
+    """KV blocks in the cache. None derives it from `kv_cache_bytes`."""
+    kv_cache_bytes: Bytes | None = Field(None, ge=1)
+    """Memory for the KV cache; "4GiB" works too. None: on a GPU what `gpu_memory_utilization` leaves after the model and
+    the largest step; on a CPU a quarter of the free memory, at most 4 GiB."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Share of the GPU's memory this engine may use in all."""
+
+    max_model_len: int | None = Field(None, ge=2)
+    """Most tokens of prompt and output together. None: what the model was trained for, capped by the cache."""
+    max_num_seqs: int = Field(256, ge=1, le=65536)
+    """Most requests running at once."""
+    max_num_batched_tokens: int = Field(2048, ge=1)
+    """Token budget of one step: each decode takes one, prefill chunks share the rest. At least `max_num_seqs`."""
+    max_waiting: int = Field(4096, ge=1)
+    """Most requests waiting; one more is refused with `Overloaded`."""
+
+    scheduling_policy: str = "fcfs"
+    """Name of a scheduling policy; plugins add more (`paged-backend plugins`)."""
+    attention_backend: str = "reference"
+    """Name of an attention backend; plugins add more."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EngineConfig:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(f"max_num_batched_tokens must be at least max_num_seqs={self.max_num_seqs}, so that every decode fits")
+        return self
+
+    def require_model(self) -> str:
+        """The model to load. Raises `InvalidArgument` if none is named."""
+        if not self.model:
+            raise InvalidArgument("model", self.model, "a local directory, hub id or known name is required")
+        return self.model

@@ -1,0 +1,54 @@
+"""Every error a caller can see. Bad input is an `InvalidArgument`: it names the field, the value and the allowed range."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class PagedBackendError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class InvalidArgument(PagedBackendError, ValueError):
+    """A field has a value outside its allowed range; the message says all three."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        shown = repr(value)
+        shown = shown if len(shown) <= 200 else f"{shown[:200]}... ({len(shown)} characters)"
+        super().__init__(f"{field}={shown}: {allowed}")
+        self.field, self.value, self.allowed = field, value, allowed
+
+
+class UnsupportedModel(PagedBackendError):
+    """The model computes attention in a way the paged cache cannot reproduce."""
+
+
+class Overloaded(PagedBackendError):
+    """The bounded waiting queue is full; try again later."""
+
+
+class EngineDead(PagedBackendError):
+    """The engine met an error it cannot survive, or was closed; it serves no more requests."""
+
+
+class CheckedModel(BaseModel):
+    """Immutable pydantic model whose validation errors are `InvalidArgument`, with a hint for misspelt fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"])) or type(self).__name__
+            allowed = first["msg"].removeprefix("Value error, ")
+            if first["type"] == "extra_forbidden":
+                known = sorted(type(self).model_fields)
+                close = difflib.get_close_matches(field, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
+                allowed = f"unknown field of {type(self).__name__}; {hint}"
+            raise InvalidArgument(field, first["input"], allowed) from None
