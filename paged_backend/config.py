@@ -40,8 +40,8 @@ class EngineConfig(CheckedModel):
     num_blocks: int | None = Field(None, ge=1)
     """KV blocks in the cache. None derives it from `kv_cache_bytes`."""
     kv_cache_bytes: Bytes | None = Field(None, ge=1)
-    """Memory for the KV cache; "4GiB" works too. None: on a GPU what `gpu_memory_utilization` leaves after the model and
-    the largest step; on a CPU a quarter of the free memory, at most 4 GiB."""
+    """Memory for the KV cache; "4GiB" works too. None: on a GPU what `gpu_memory_utilization` leaves after the model
+    and the largest step; on a CPU a quarter of the free memory, at most 4 GiB."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     """Share of the GPU's memory this engine may use in all."""
 
@@ -62,7 +62,9 @@ class EngineConfig(CheckedModel):
     @model_validator(mode="after")
     def _consistent(self) -> EngineConfig:
         if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(f"max_num_batched_tokens must be at least max_num_seqs={self.max_num_seqs}, so that every decode fits")
+            raise ValueError(
+                f"max_num_batched_tokens must be at least max_num_seqs={self.max_num_seqs}, so that every decode fits"
+            )
         return self
 
     def require_model(self) -> str:

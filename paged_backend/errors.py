@@ -1,4 +1,4 @@
-"""Every error a caller can see. Bad input is an `InvalidArgument`: it names the field, the value and the allowed range."""
+"""Every error a caller can see. Bad input is an `InvalidArgument`: it names field, value and allowed range."""
 
 from __future__ import annotations
 

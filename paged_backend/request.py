@@ -1,4 +1,4 @@
-"""What a caller asks for (`SamplingParams`), what the engine keeps (`Request`) and what it answers (`RequestOutput`)."""
+"""What a caller asks for (`SamplingParams`), what the engine keeps (`Request`), what it answers (`RequestOutput`)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,12 @@ class RequestStatus(enum.Enum):
     FAILED = "failed"
 
 
-_ENDS = {"stop": RequestStatus.FINISHED, "length": RequestStatus.FINISHED, "abort": RequestStatus.ABORTED, "error": RequestStatus.FAILED}
+_ENDS = {
+    "stop": RequestStatus.FINISHED,
+    "length": RequestStatus.FINISHED,
+    "abort": RequestStatus.ABORTED,
+    "error": RequestStatus.FAILED,
+}
 
 
 @dataclass(slots=True, eq=False)

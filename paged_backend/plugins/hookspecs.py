@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from paged_kernels.attention import AttentionBackend
 
     from paged_backend.config import EngineConfig
-    from paged_backend.engine import StepStats
     from paged_backend.request import Request
     from paged_backend.runner.loader import LoadedModel
     from paged_backend.runner.sampling import LogitsProcessor, Sampler
     from paged_backend.scheduler.policy import SchedulingPolicy
+    from paged_backend.stats import StepStats
 
 hookspec = pluggy.HookspecMarker("paged_backend")
 

@@ -47,7 +47,9 @@ class PluginManager:
 
     def observer(self, hook: str) -> Callable[..., None]:
         """A call of `hook`, resolved once, that logs what its plugins raise instead of raising it."""
-        implementations = [(impl.plugin_name, impl.function, impl.argnames) for impl in getattr(self.hook, hook).get_hookimpls()]
+        implementations = [
+            (impl.plugin_name, impl.function, impl.argnames) for impl in getattr(self.hook, hook).get_hookimpls()
+        ]
 
         def notify(**arguments: object) -> None:
             for name, function, wanted in implementations:

@@ -1,0 +1,80 @@
+"""What a figure was measured on; a figure without this cannot be compared."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Hardware and software of this process."""
+
+    cpu: str
+    cores: int
+    """Usable by this process."""
+    gpus: list[str]
+    os: str
+    python: str
+    packages: dict[str, str]
+    """Installed versions of this package and of those that decide its speed."""
+    commit: str | None
+    """None unless run from a git checkout."""
+    dirty: bool | None
+    """Whether the checkout has changes that are not committed."""
+
+
+def describe() -> Machine:
+    """This machine. Imports torch to ask for GPUs."""
+    import torch
+
+    commit, dirty = _checkout()
+    return Machine(
+        cpu=_cpu(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        os=platform.platform(aliased=True),
+        python=platform.python_version(),
+        packages=package_versions(),
+        commit=commit,
+        dirty=dirty,
+    )
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions, without importing the packages."""
+    found = {}
+    for name in ("paged-backend", "torch", "transformers", "triton"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _checkout() -> tuple[str | None, bool | None]:
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "machine.py")  # an installed copy may lie inside some other checkout
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None

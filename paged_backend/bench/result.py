@@ -1,0 +1,73 @@
+"""What a benchmark found, as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from paged_backend.bench.machine import Machine
+
+
+@dataclass(slots=True)
+class Series:
+    """Repeated timed runs of one system."""
+
+    system: str
+    settings: dict[str, object]
+    start_seconds: float
+    """From nothing to ready to serve."""
+    tokens: int
+    """Counted in each run."""
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens per second of each run."""
+        return [self.tokens / seconds for seconds in self.seconds]
+
+    @property
+    def median_rate(self) -> float:
+        """Tokens per second."""
+        return statistics.median(self.rates)
+
+
+@dataclass(slots=True)
+class ThroughputResult:
+    """One workload on one model, on our engine and its peers."""
+
+    workload: str
+    model: str
+    dtype: str
+    device: str
+    unit: str
+    """"output tok/s", or "prompt tok/s" where prefill is the work."""
+    measured_at: str
+    """UTC, ISO 8601."""
+    machine: Machine
+    series: list[Series]
+    """Our engine first; the last is what the others are compared with."""
+
+    def ratio(self, series: Series) -> float:
+        """How many times faster `series` is than the last one, by medians."""
+        return series.median_rate / self.series[-1].median_rate
+
+    def write(self, path: Path) -> None:
+        """Write JSON to `path`, whole or not at all."""
+        document = asdict(self)
+        for series, written in zip(self.series, document["series"], strict=True):
+            written["tokens_per_second"] = [round(rate, 2) for rate in series.rates]
+            written["median_tokens_per_second"] = round(series.median_rate, 2)
+            written["ratio"] = round(self.ratio(series), 4)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(json.dumps(document, indent=2) + "\n")
+            os.chmod(temporary, 0o644)  # mkstemp's is 0600
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise

@@ -1,0 +1,89 @@
+"""Two forwards made once, before serving: is the paged model right, and how much memory does the largest step take?"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paged_backend.errors import UnsupportedModel
+from paged_backend.runner.batch import FlatBatch
+from paged_backend.runner.runner import PagedModel
+
+_TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+
+
+def verify(paged_model: PagedModel, block_size: int) -> None:
+    """Compare paged logits with the model's own on two short prompts, prefilled together and then decoded once.
+
+    Catches what the probe cannot see, such as state kept outside attention (Mamba, convolutions). Raises
+    `UnsupportedModel` with the difference.
+    """
+    model = paged_model.model
+    vocab = model.config.get_text_config().vocab_size
+    prompts = [[(7 * i + 3 * row) % (vocab - 4) + 3 for i in range(length)] for row, length in enumerate((11, 5))]
+    worst = 0.0
+    with _scratch_cache(paged_model, 2 * -(-11 // block_size), block_size):
+        for shorten in (1, 0):
+            tokens = [prompt[: len(prompt) - shorten] for prompt in prompts]
+            starts = [0 if shorten else len(prompt) - 1 for prompt in tokens]
+            paged = _forward(paged_model, tokens, starts, block_size)
+            for logits, prompt in zip(paged, tokens, strict=True):
+                with torch.inference_mode():
+                    own = (
+                        model(input_ids=torch.tensor([prompt], device=model.device), use_cache=False)
+                        .logits[0, -1]
+                        .float()
+                    )
+                worst = max(worst, float((logits - own).abs().max() / own.abs().max()))
+    tolerance = _TOLERANCE[paged_model.dtype]
+    if not worst <= tolerance:  # NaN must fail too
+        raise UnsupportedModel(
+            f"{type(model).__name__} ({model.config.model_type}) computes other logits over a paged cache than on its "
+            f"own: relative difference {worst:.2g}, allowed {tolerance:g}; it may keep state outside attention"
+        )
+
+
+def peak_step_bytes(paged_model: PagedModel, num_tokens: int, num_seqs: int, block_size: int) -> int:
+    """Most CUDA memory a step of this size takes beyond what is allocated already."""
+    device = paged_model.device
+    length = num_tokens // num_seqs
+    with _scratch_cache(paged_model, num_seqs * -(-length // block_size), block_size):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        logits = _forward(paged_model, [[1] * length] * num_seqs, [0] * num_seqs, block_size)
+        logits.softmax(-1)
+        peak = torch.cuda.max_memory_allocated(device) - before
+    del logits
+    torch.cuda.empty_cache()
+    return peak
+
+
+@contextlib.contextmanager
+def _scratch_cache(paged_model: PagedModel, num_blocks: int, block_size: int) -> Iterator[None]:
+    """A cache of its own for forwards before serving."""
+    paged_model.allocate(num_blocks, block_size)
+    try:
+        yield
+    finally:
+        paged_model.caches = []
+
+
+def _forward(paged_model: PagedModel, prompts: Sequence[Sequence[int]], starts: list[int], block_size: int) -> Tensor:
+    """Last-token logits of prompts whose tokens before `starts` are in the cache; each prompt has blocks of its own."""
+    width = -(-max(map(len, prompts)) // block_size)
+    tables = np.arange(1, len(prompts) * width + 1, dtype=np.int32).reshape(len(prompts), width)
+    counts = [len(prompt) - start for prompt, start in zip(prompts, starts, strict=True)]
+    row = np.repeat(np.arange(len(prompts)), counts)
+    positions = np.concatenate([np.arange(start, len(prompt)) for prompt, start in zip(prompts, starts, strict=True)])
+    flat = FlatBatch(
+        input_ids=np.concatenate([np.array(prompt[start:]) for prompt, start in zip(prompts, starts, strict=True)]),
+        positions=positions,
+        slot_mapping=tables[row, positions // block_size].astype(np.int64) * block_size + positions % block_size,
+        block_tables=tables,
+        logits_at=np.cumsum(counts) - 1,
+    )
+    return paged_model.forward(flat, starts, counts)

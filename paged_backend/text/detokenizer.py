@@ -1,0 +1,41 @@
+"""Tokens to text, a token at a time, never half a character."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CONTEXT = 6  # tokens of prompt decoded along with the output, so that word-start markers become spaces
+
+
+class Detokenizer:
+    """Incremental decoding of one request's output.
+
+    Tokens may hold part of a character, and their text may depend on the token before (SentencePiece's leading
+    space). So a window of recent tokens is decoded with and without the newest ones, and the difference is emitted
+    once it does not end in an unfinished character.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._window = list(prompt_token_ids[-_CONTEXT:])
+        self._emitted = len(self._window)  # tokens of the window whose text is out
+
+    def add(self, token_ids: Sequence[int], *, last: bool = False) -> str:
+        """The text these tokens complete. `last` flushes an unfinished character as U+FFFD."""
+        self._window.extend(token_ids)
+        before = self._decode(self._window[: self._emitted])
+        after = self._decode(self._window)
+        if after.endswith("\ufffd") and not last:
+            return ""
+        # The window restarts at the tokens just emitted, so that its decoding stays short.
+        self._window = self._window[self._emitted :] or self._window
+        self._emitted = len(self._window)
+        return after[len(before) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text

@@ -1,0 +1,28 @@
+"""The text of one request's output as it grows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from paged_backend.request import Request
+from paged_backend.text.detokenizer import Detokenizer
+from paged_backend.text.stop import StopStrings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class OutputText:
+    """Detokeniser and stop strings of one request."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, request: Request) -> None:
+        self._request = request
+        self._detokenizer = Detokenizer(tokenizer, request.token_ids)
+        self._stop = StopStrings(request.params.stop)
+
+    def add(self, token_ids: list[int], *, last: bool) -> tuple[str, bool]:
+        """Text that may go out, and whether a stop string ended the output. `last` flushes what is held back."""
+        text = self._detokenizer.add(token_ids, last=last)
+        if self._request.num_output_tokens < self._request.params.min_tokens:
+            return text, False
+        return self._stop.add(text, last=last)

@@ -1,0 +1,32 @@
+"""Stop strings in a stream of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Finds the first of several strings in text that arrives in pieces."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = strings
+        self._held = ""
+
+    def add(self, text: str, *, last: bool = False) -> tuple[str, bool]:
+        """The text that may go out, and whether a stop string was met; the output ends before it.
+
+        Text that could be the start of a stop string is held back until it is decided, or until `last`.
+        """
+        text = self._held + text
+        found = [at for string in self._strings if (at := text.find(string)) >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)], True
+        hold = 0 if last else max((self._overlap(text, string) for string in self._strings), default=0)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold], False
+
+    @staticmethod
+    def _overlap(text: str, string: str) -> int:
+        """Length of the longest end of `text` that begins `string`."""
+        return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)
