@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import sys
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -127,11 +126,7 @@ def list_models() -> None:
 @models_app.command("pull")
 def pull_model(name: Annotated[str, typer.Argument(help="A name of `paged-backend models list`.")]) -> None:
     """Fetch a model into the cache and print its directory. Does nothing when it is there."""
-    os.environ["TQDM_DISABLE"] = "1"  # the GGUF reader's bar; read when tqdm is first imported
-    _quiet_transformers()
-    with _status(f"pulling {name}") as status:
-        path = models.pull(name, progress=lambda step: status.update(f"{name}: {step}") if status else None)
-    print(path)
+    print(models.pull(name, progress=lambda step: print(f"{name}: {step}", file=sys.stderr)))
 
 
 @app.command()
@@ -173,6 +168,11 @@ def version(
 
 def main() -> None:
     """Entry point: the commands above and those of plugins. Our own errors are one line and exit status 2."""
+    # Read when transformers is imported, here or in a server that a command starts.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         PluginManager().observer("paged_cli_commands")(app=app)
         app(prog_name="paged-backend")
@@ -198,29 +198,14 @@ def _params(
 
 
 def _load(model: str) -> tuple[Engine, PreTrainedTokenizerBase]:
-    path = models.resolve(model)  # may download, with progress bars of its own
-    _quiet_transformers()
-    with _status(f"loading {model}"):
-        from paged_backend.config import EngineConfig
-        from paged_backend.engine import Engine
+    path = models.resolve(model)  # before torch is imported: a bad name is told at once
+    from paged_backend.config import EngineConfig
+    from paged_backend.engine import Engine
 
-        engine = Engine(EngineConfig(model=str(path)))
+    engine = Engine(EngineConfig(model=str(path)))
     if engine.tokenizer is None:
         raise InvalidArgument("model", model, "has no tokenizer, and text needs one")
     return engine, engine.tokenizer
-
-
-def _quiet_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _status(text: str) -> Any:
-    """A spinner on stderr for a person who waits; None within `with` for anyone else."""
-    console = Console(stderr=True)
-    return console.status(escape(text)) if console.is_terminal else nullcontext()
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -234,16 +219,14 @@ def _run(engine: Engine, inputs: list[Any], params: SamplingParams) -> list[str]
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     texts = {engine.add_request(prompt, params): "" for prompt in inputs}
-    running = len(texts)
     console = Console(stderr=True)
     columns = (TextColumn("{task.completed} tokens"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=params.max_tokens * running)
-        while running:
+        bar = progress.add_task("", total=params.max_tokens * len(texts))
+        while engine.has_work:
             for output in engine.step():
                 if output.error is not None:
                     raise output.error
                 texts[output.request_id] += output.text
-                running -= output.finished
                 progress.advance(bar, len(output.token_ids))
     return list(texts.values())

@@ -52,6 +52,8 @@ def throughput(
     if output is not None and not output.absolute().parent.is_dir():
         raise InvalidArgument("output", str(output), "its directory does not exist")
     fields = _fields(setting or [])
+    if peer == "hf":
+        fields.setdefault("gpu_memory_utilization", 0.5)  # both are on the GPU at once
 
     # Only now torch: a bad argument is told at once.
     from paged_backend import models
@@ -68,12 +70,11 @@ def throughput(
             shapes.save_random(model, path)
         else:
             path = models.resolve(model, config.revision)
-        systems: list[System] = []
+        console.print("loading the engine", style="dim")
+        systems: list[System] = [OurEngine(config.model_copy(update={"model": str(path), "revision": None}))]
         if peer == "hf":
             console.print("loading the peer", style="dim")
             systems.append(HfPeer(path, dtype, device, batch_size or []))
-        console.print("loading the engine", style="dim")
-        systems.insert(0, OurEngine(config.model_copy(update={"model": str(path), "revision": None})))
         result = compare(config, chosen, systems, repeat, lambda line: console.print(line, style="dim"))
     if output is not None:
         result.write(output)
@@ -99,9 +100,9 @@ def _show(result: ThroughputResult) -> None:
         table.add_column(f"run {turn + 1}", justify="right")
     table.add_column("median", justify="right")
     table.add_column("ratio", justify="right")
-    table.add_column("start s", justify="right")
+    table.add_column("load s", justify="right")
     for series in result.series:
         rates = [f"{rate:,.1f}" for rate in [*series.rates, series.median_rate]]
         ratio = f"{result.ratio(series):.2f}x"
-        table.add_row(series.system, *rates, ratio, f"{series.start_seconds:.1f}")
+        table.add_row(series.system, *rates, ratio, f"{series.load_seconds:.1f}")
     Console().print(table)

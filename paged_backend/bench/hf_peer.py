@@ -5,7 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM
+
 from paged_backend.bench.workloads import Workload
+from paged_backend.runner.loader import resolve_device
 
 
 class HfPeer:
@@ -14,14 +18,10 @@ class HfPeer:
     name = "transformers generate"
 
     def __init__(self, model: Path, dtype: str, device: str, batch_sizes: list[int]) -> None:
-        from transformers import AutoModelForCausalLM
-
-        from paged_backend.runner.loader import resolve_device
-
         start = time.perf_counter()
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True)
         self.model.eval().to(resolve_device(device))
-        self.start_seconds = time.perf_counter() - start
+        self.load_seconds = time.perf_counter() - start
         self.batch_sizes = batch_sizes
         """To try; empty: the whole workload at once, and in two halves."""
         self.batch_size = 0  # chosen by warm_up
@@ -42,8 +42,6 @@ class HfPeer:
 
     def _try(self, workload: Workload, size: int) -> dict[int, float]:
         """Seconds by batch size: of `size`, or of the first of its halves that fits in memory."""
-        import torch
-
         start = time.perf_counter()
         try:
             self._run(workload, size)
@@ -60,8 +58,6 @@ class HfPeer:
         self._run(workload, self.batch_size)
 
     def _run(self, workload: Workload, batch_size: int) -> None:
-        import torch
-
         rows = sorted(workload.requests, key=lambda request: (request[1], len(request[0])))
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]

@@ -17,6 +17,8 @@ class Machine:
     cpu: str
     cores: int
     """Usable by this process."""
+    threads: int
+    """torch's."""
     gpus: list[str]
     os: str
     python: str
@@ -36,6 +38,7 @@ def describe() -> Machine:
     return Machine(
         cpu=_cpu(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
         gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         os=platform.platform(aliased=True),
         python=platform.python_version(),

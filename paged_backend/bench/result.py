@@ -18,8 +18,8 @@ class Series:
 
     system: str
     settings: dict[str, object]
-    start_seconds: float
-    """From nothing to ready to serve."""
+    load_seconds: float
+    """To load the model and be ready to serve; imports are not counted."""
     tokens: int
     """Counted in each run."""
     seconds: list[float] = field(default_factory=list)

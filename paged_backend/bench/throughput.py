@@ -7,21 +7,21 @@ import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from paged_backend.bench import machine
 from paged_backend.bench.result import Series, ThroughputResult
 from paged_backend.bench.workloads import Workload
-
-if TYPE_CHECKING:
-    from paged_backend.config import EngineConfig
+from paged_backend.config import EngineConfig
+from paged_backend.engine import Engine
+from paged_backend.request import SamplingParams
 
 
 class System(Protocol):
     """Something that can serve a workload."""
 
     name: str
-    start_seconds: float
+    load_seconds: float
     settings: dict[str, object]
 
     def warm_up(self, workload: Workload) -> None:
@@ -39,11 +39,9 @@ class OurEngine:
     name = "paged-backend"
 
     def __init__(self, config: EngineConfig) -> None:
-        from paged_backend.engine import Engine
-
         start = time.perf_counter()
         self.engine = Engine(config)
-        self.start_seconds = time.perf_counter() - start
+        self.load_seconds = time.perf_counter() - start
         self.settings: dict[str, object] = config.model_dump(exclude_defaults=True, exclude={"model"})
 
     def warm_up(self, workload: Workload) -> None:
@@ -52,8 +50,6 @@ class OurEngine:
 
     def run(self, workload: Workload) -> None:
         """All requests at once, with nothing cached before."""
-        from paged_backend.request import SamplingParams
-
         params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for _, n in workload.requests]
         outputs = self.engine.generate([prompt for prompt, _ in workload.requests], params)
         for output, (_, wanted) in zip(outputs, workload.requests, strict=True):
@@ -71,7 +67,7 @@ def measure(
     for system in systems:
         report(f"{system.name}: warming up")
         system.warm_up(workload)
-        every.append(Series(system.name, system.settings, system.start_seconds, workload.counted_tokens))
+        every.append(Series(system.name, system.settings, system.load_seconds, workload.counted_tokens))
     for turn in range(repeat):
         for system, series in zip(systems, every, strict=True):
             report(f"{system.name}: run {turn + 1} of {repeat}")

@@ -28,11 +28,6 @@ class Workload:
         return sum(length for _, length in self.requests)
 
     @property
-    def max_len(self) -> int:
-        """Tokens of the longest request, prompt and output."""
-        return max(len(prompt) + length for prompt, length in self.requests)
-
-    @property
     def counts_prompts(self) -> bool:
         """Whether the rate is of prompt tokens: prefill is the work when each request asks for one token."""
         return all(length == 1 for _, length in self.requests)

@@ -26,11 +26,12 @@ def verify(paged_model: PagedModel, block_size: int) -> None:
     vocab = model.config.get_text_config().vocab_size
     prompts = [[(7 * i + 3 * row) % (vocab - 4) + 3 for i in range(length)] for row, length in enumerate((11, 5))]
     worst = 0.0
-    with _scratch_cache(paged_model, 2 * -(-11 // block_size), block_size):
+    width = -(-11 // block_size)
+    with _scratch_cache(paged_model, 2 * width, block_size):
         for shorten in (1, 0):
             tokens = [prompt[: len(prompt) - shorten] for prompt in prompts]
             starts = [0 if shorten else len(prompt) - 1 for prompt in tokens]
-            paged = _forward(paged_model, tokens, starts, block_size)
+            paged = _forward(paged_model, tokens, starts, width, block_size)
             for logits, prompt in zip(paged, tokens, strict=True):
                 with torch.inference_mode():
                     own = (
@@ -51,10 +52,11 @@ def peak_step_bytes(paged_model: PagedModel, num_tokens: int, num_seqs: int, blo
     """Most CUDA memory a step of this size takes beyond what is allocated already."""
     device = paged_model.device
     length = num_tokens // num_seqs
-    with _scratch_cache(paged_model, num_seqs * -(-length // block_size), block_size):
+    width = -(-length // block_size)
+    with _scratch_cache(paged_model, num_seqs * width, block_size):
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        logits = _forward(paged_model, [[1] * length] * num_seqs, [0] * num_seqs, block_size)
+        logits = _forward(paged_model, [[1] * length] * num_seqs, [0] * num_seqs, width, block_size)
         logits.softmax(-1)
         peak = torch.cuda.max_memory_allocated(device) - before
     del logits
@@ -72,9 +74,10 @@ def _scratch_cache(paged_model: PagedModel, num_blocks: int, block_size: int) ->
         paged_model.caches = []
 
 
-def _forward(paged_model: PagedModel, prompts: Sequence[Sequence[int]], starts: list[int], block_size: int) -> Tensor:
-    """Last-token logits of prompts whose tokens before `starts` are in the cache; each prompt has blocks of its own."""
-    width = -(-max(map(len, prompts)) // block_size)
+def _forward(
+    paged_model: PagedModel, prompts: Sequence[Sequence[int]], starts: list[int], width: int, block_size: int
+) -> Tensor:
+    """Last-token logits of prompts, cached before `starts`; each prompt has `width` blocks of its own."""
     tables = np.arange(1, len(prompts) * width + 1, dtype=np.int32).reshape(len(prompts), width)
     counts = [len(prompt) - start for prompt, start in zip(prompts, starts, strict=True)]
     row = np.repeat(np.arange(len(prompts)), counts)

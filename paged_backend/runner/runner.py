@@ -94,6 +94,7 @@ class ModelRunner:
         self.state = BatchState(tables.array.shape[0], max_model_len)
         self._sampler, self._logits_processors = sampler, logits_processors
 
+    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> list[int]:
         """Run the step and return a token for each row that samples, in the order of the plan."""
         for request in plan.admitted:

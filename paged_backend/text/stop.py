@@ -18,10 +18,11 @@ class StopStrings:
         Text that could be the start of a stop string is held back until it is decided, or until `last`.
         """
         text = self._held + text
-        found = [at for string in self._strings if (at := text.find(string)) >= 0]
+        # The one that is complete first, so that the pieces the text comes in make no difference.
+        found = [(at + len(string), at) for string in self._strings if (at := text.find(string)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)], True
+            return text[: min(found)[1]], True
         hold = 0 if last else max((self._overlap(text, string) for string in self._strings), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold], False

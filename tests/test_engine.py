@@ -1,0 +1,382 @@
+"""The engine on a tiny llama: what comes out, what is refused, and that nothing is lost."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from prometheus_client import generate_latest
+from transformers import PreTrainedTokenizerFast
+
+from paged_backend import (
+    Engine,
+    EngineConfig,
+    EngineDead,
+    InvalidArgument,
+    Overloaded,
+    RequestOutput,
+    SamplingParams,
+)
+from paged_backend.plugins import hookimpl
+from paged_backend.request import Request
+from tests.hf.tiny import build
+
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture
+def make(byte_tokenizer: PreTrainedTokenizerFast) -> Iterator[MakeEngine]:
+    engines: list[Engine] = []
+
+    def make_engine(*, plugins: list[object] | None = None, tokenizer: bool = True, **config: Any) -> Engine:
+        model = build("llama", vocab_size=len(byte_tokenizer))
+        fields = {"num_blocks": 64, "max_num_seqs": 8, "max_num_batched_tokens": 64} | config
+        engines.append(
+            Engine(
+                EngineConfig(**fields),
+                model=model,
+                tokenizer=byte_tokenizer if tokenizer else None,
+                plugins=plugins or [],
+            )
+        )
+        return engines[-1]
+
+    yield make_engine
+    for engine in engines:
+        engine.close()
+
+
+def greedy(**fields: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, **{"ignore_eos": True} | fields)
+
+
+def idle(engine: Engine) -> None:
+    """Nothing runs, waits or holds a block."""
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.blocks_used) == (0, 0, 0)
+    engine.tables.check()
+
+
+def test_text_tokens_and_counts_agree(make: MakeEngine, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = make()
+    (output,) = engine.generate(["hello"], greedy(max_tokens=20))
+    assert output.finish_reason == "length"
+    assert (output.num_prompt_tokens, output.num_output_tokens, len(output.token_ids)) == (5, 20, 20)
+    assert output.text == byte_tokenizer.decode(output.token_ids, skip_special_tokens=True)
+    assert output.first_token_time is not None
+    assert output.end_time is not None
+    assert output.arrival_time < output.first_token_time < output.end_time
+    idle(engine)
+
+
+def test_a_stream_joins_to_the_whole(make: MakeEngine) -> None:
+    engine = make()
+    (whole,) = engine.generate(["hello"], greedy(max_tokens=30))
+    parts = list(engine.stream("hello", greedy(max_tokens=30)))
+    assert [part.token_ids for part in parts] == [[token] for token in whole.token_ids]
+    assert "".join(part.text for part in parts) == whole.text
+    assert [part.finished for part in parts] == [False] * 29 + [True]
+
+
+def test_leaving_a_stream_early_frees_its_blocks(make: MakeEngine) -> None:
+    engine = make()
+    stream = engine.stream("hello", greedy(max_tokens=100))
+    next(stream)
+    assert engine.stats().blocks_used > 0
+    stream.close()
+    idle(engine)
+    engine.generate(["next"], greedy())
+
+
+def test_stop_tokens_end_the_output_and_leave_no_text(make: MakeEngine) -> None:
+    engine = make()
+    (free,) = engine.generate(["hello"], greedy(max_tokens=30))
+    at = next(i for i in range(3, 30) if free.token_ids[i] not in free.token_ids[:i])
+    (output,) = engine.generate(["hello"], greedy(max_tokens=30, stop_token_ids=[free.token_ids[at]]))
+    assert output.finish_reason == "stop"
+    assert output.token_ids == free.token_ids[: at + 1]
+    assert free.text.startswith(output.text.rstrip("\ufffd"))
+
+
+def test_end_of_sequence_ends_unless_ignored(make: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make()
+    (free,) = engine.generate(["hello"], greedy(max_tokens=5))
+    monkeypatch.setattr(engine, "_eos", frozenset({free.token_ids[0]}))
+    (output,) = engine.generate(["hello"], greedy(ignore_eos=False, max_tokens=5))
+    assert (output.finish_reason, output.num_output_tokens) == ("stop", 1)
+    (late,) = engine.generate(["hello"], greedy(ignore_eos=False, max_tokens=5, min_tokens=3))
+    assert late.num_output_tokens >= 3
+    assert free.token_ids[0] not in late.token_ids[:3]
+
+
+def test_stop_strings_end_the_text_before_them(make: MakeEngine) -> None:
+    engine = make()
+    (free,) = engine.generate(["hello"], greedy(max_tokens=60))
+    stop = next(free.text[i : i + 2] for i in range(8, len(free.text)) if "\ufffd" not in free.text[i : i + 2])
+    parts = list(engine.stream("hello", greedy(max_tokens=60, stop=stop)))
+    assert parts[-1].finish_reason == "stop"
+    assert "".join(part.text for part in parts) == free.text[: free.text.index(stop)]
+    idle(engine)
+
+
+def test_a_seed_repeats_its_tokens_whatever_runs_beside_it(make: MakeEngine) -> None:
+    engine = make(num_blocks=9, max_num_seqs=4, max_model_len=96)
+    params = SamplingParams(temperature=1.5, top_p=0.95, seed=11, max_tokens=40, ignore_eos=True)
+    (alone,) = engine.generate(["hello"], params)
+    other = SamplingParams(temperature=1.5, top_k=20, seed=5, max_tokens=40, ignore_eos=True)
+    crowd = engine.generate(["a", "longer prompt", "hello", "b" * 30, "c"], [other, other, params, other, other])
+    assert crowd[2].token_ids == alone.token_ids
+    assert engine.stats().preemptions > 0, "it is meant to survive recomputation too"
+    (different,) = engine.generate(["hello"], params.model_copy(update={"seed": 12}))
+    assert different.token_ids != alone.token_ids
+    unseeded = engine.generate(["hello"] * 2, params.model_copy(update={"seed": None}))
+    assert unseeded[0].token_ids != unseeded[1].token_ids
+
+
+def test_context_bounds_the_output(make: MakeEngine) -> None:
+    engine = make(max_model_len=16)
+    (output,) = engine.generate(["0123456789"], greedy(max_tokens=1000))
+    assert (output.finish_reason, output.num_output_tokens) == ("length", 6)
+    (longest,) = engine.generate(["0" * 15], greedy(max_tokens=1000))
+    assert longest.num_output_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "prompt='': must have at least one token"),
+        ([], "prompt=[]: must have at least one token"),
+        ("x" * 16, "has 16 tokens; at most 15 are allowed"),
+        ([1, 2, 259], "prompt[2]=259: must be a token id in 0..258"),
+        ([1, -1], "prompt[1]=-1: must be a token id in 0..258"),
+        ([1, "a"], "prompt[1]='a': must be a token id"),
+        ("bad \ud800 text", "must be valid Unicode"),
+    ],
+)
+def test_a_bad_prompt_is_refused_and_the_next_request_works(make: MakeEngine, prompt: Any, message: str) -> None:
+    engine = make(max_model_len=16)
+    with pytest.raises(InvalidArgument) as caught:
+        engine.generate(["fine", prompt], greedy(max_tokens=2))
+    assert message in str(caught.value)
+    idle(engine)
+    assert engine.generate(["fine"], greedy(max_tokens=2))[0].finish_reason == "length"
+
+
+def test_an_engine_without_tokenizer_takes_token_ids_only(make: MakeEngine) -> None:
+    engine = make(tokenizer=False)
+    assert engine.generate([[5, 6, 7]], greedy(max_tokens=3))[0].text == ""
+    with pytest.raises(InvalidArgument, match="has no tokenizer"):
+        engine.generate(["text"])
+    with pytest.raises(InvalidArgument, match="stop strings need a tokenizer"):
+        engine.generate([[5]], SamplingParams(stop="x"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_blocks": 10**12}, "num_blocks=1000000000000: at most"),
+        ({"num_blocks": None, "kv_cache_bytes": "900TiB"}, "bytes of free memory"),
+        ({"num_blocks": None, "kv_cache_bytes": 10}, "kv_cache_bytes=10: leaves 10 bytes; one block takes"),
+        ({"max_model_len": 1000}, "max_model_len=1000: at most 256, the model's context"),
+        ({"num_blocks": 2, "max_model_len": 64}, "max_model_len=64: the KV cache holds 32 tokens"),
+        ({"scheduling_policy": "lottery"}, "scheduling_policy='lottery': no plugin provides it"),
+        ({"attention_backend": "magic"}, "attention_backend='magic': no plugin provides it"),
+    ],
+)
+def test_configuration_the_machine_or_model_cannot_meet(make: MakeEngine, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        make(**config)
+    assert message in str(caught.value)
+
+
+def test_a_model_that_is_not_there() -> None:
+    with pytest.raises(InvalidArgument, match=r"model='\./nowhere'"):
+        Engine(EngineConfig(model="./nowhere"))
+    with pytest.raises(InvalidArgument, match="model=None"):
+        Engine(EngineConfig())
+
+
+def test_waiting_requests_are_bounded(make: MakeEngine) -> None:
+    engine = make(max_waiting=3)
+    for _ in range(3):
+        engine.add_request("hello", greedy())
+    with pytest.raises(Overloaded, match="3 requests wait already; max_waiting is 3"):
+        engine.add_request("hello", greedy())
+    while engine.has_work:
+        engine.step()
+    idle(engine)
+    assert len(engine.generate(["hello"] * 10, greedy(max_tokens=2))) == 10, "generate feeds as others finish"
+
+
+def test_an_id_in_use_is_refused_and_free_again_afterwards(make: MakeEngine) -> None:
+    engine = make()
+    engine.add_request("hello", greedy(), request_id="mine")
+    with pytest.raises(InvalidArgument, match="request_id='mine': is in use"):
+        engine.add_request("hello", greedy(), request_id="mine")
+    while engine.has_work:
+        engine.step()
+    engine.add_request("hello", greedy(), request_id="mine")
+
+
+def test_abort_ends_waiting_and_running_requests_once(make: MakeEngine) -> None:
+    engine = make(max_num_seqs=1)
+    running, waiting = (engine.add_request("hello", greedy(max_tokens=50)) for _ in range(2))
+    engine.step()
+    assert engine.abort(running)
+    assert engine.abort(waiting)
+    assert not engine.abort(running)
+    assert not engine.abort("unknown")
+    assert [(output.request_id, output.finish_reason) for output in engine.step()] == [
+        (running, "abort"),
+        (waiting, "abort"),
+    ]
+    idle(engine)
+
+
+class Broken:
+    """A plugin whose logits processor fails after some steps, as a device would."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    @hookimpl
+    def paged_logits_processor(self, config: EngineConfig) -> Any:
+        def process(logits: torch.Tensor, requests: list[Request]) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise RuntimeError("device lost")
+
+        return process
+
+
+def test_an_error_on_the_device_ends_every_request_with_its_cause(make: MakeEngine) -> None:
+    engine = make(plugins=[Broken(after=3)], max_num_seqs=2)
+    outputs = engine.generate(["a", "b", "c"], greedy(max_tokens=10))
+    assert [output.finish_reason for output in outputs] == ["error"] * 3
+    assert all("device lost" in str(output.error) for output in outputs)
+    assert [output.num_output_tokens for output in outputs] == [3, 3, 0]
+    with pytest.raises(EngineDead, match="device lost"):
+        engine.add_request("d")
+    idle(engine)
+
+
+class Undecodable:
+    """A tokenizer that cannot decode one of its tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, token: int) -> None:
+        self.tokenizer, self.token = tokenizer, token
+
+    def __call__(self, text: str) -> Any:
+        return self.tokenizer(text)
+
+    def decode(self, token_ids: list[int], **options: Any) -> str:
+        if self.token in token_ids:
+            raise ValueError("no such token")
+        return str(self.tokenizer.decode(token_ids, **options))
+
+
+def test_one_requests_undecodable_text_ends_it_alone(make: MakeEngine) -> None:
+    engine = make()
+    want = engine.generate(["hello", "other"], greedy(max_tokens=8))
+    token = next(token for token in want[0].token_ids if token not in want[1].token_ids)
+    engine.tokenizer = Undecodable(engine.tokenizer, token)  # type: ignore[assignment, arg-type]
+    bad, good = engine.generate(["hello", "other"], greedy(max_tokens=8))
+    assert (bad.finish_reason, str(bad.error)) == ("error", "no such token")
+    assert good.text == want[1].text
+    idle(engine)
+
+
+class Recorder:
+    """Every observer hook, as a list of events."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, str]] = []
+        self.steps: list[Any] = []
+
+    @hookimpl
+    def paged_request_arrived(self, request: Request) -> None:
+        self.events.append((request.request_id, "arrived"))
+
+    @hookimpl
+    def paged_request_scheduled(self, request: Request) -> None:
+        self.events.append((request.request_id, "scheduled"))
+
+    @hookimpl
+    def paged_request_preempted(self, request: Request) -> None:
+        self.events.append((request.request_id, "preempted"))
+
+    @hookimpl
+    def paged_request_first_token(self, request: Request) -> None:
+        self.events.append((request.request_id, "first token"))
+
+    @hookimpl
+    def paged_request_ended(self, request: Request) -> None:
+        self.events.append((request.request_id, str(request.finish_reason)))
+
+    @hookimpl
+    def paged_step_ended(self, stats: Any) -> None:
+        self.steps.append(stats)
+
+
+def test_observers_and_metrics_see_every_event(make: MakeEngine) -> None:
+    recorder = Recorder()
+    engine = make(plugins=[recorder], num_blocks=6, max_num_seqs=2, max_model_len=96)
+    outputs = engine.generate(["hello " * 5, "other " * 5], greedy(max_tokens=40))
+    first = [event for request_id, event in recorder.events if request_id == outputs[0].request_id]
+    second = [event for request_id, event in recorder.events if request_id == outputs[1].request_id]
+    assert first == ["arrived", "scheduled", "first token", "length"]
+    assert second == ["arrived", "scheduled", "first token", "preempted", "scheduled", "length"]
+    assert sum(step.output_tokens for step in recorder.steps) == 80 == engine.stats().output_tokens
+    assert len(recorder.steps) == engine.stats().steps
+    page = generate_latest(engine.metrics.registry).decode()
+    assert "paged_backend_output_tokens_total 80.0" in page
+    assert "paged_backend_preemptions_total 1.0" in page
+    assert 'paged_backend_requests_ended_total{reason="length"} 2.0' in page
+    assert "paged_backend_time_to_first_token_seconds_count 2.0" in page
+    assert "paged_backend_kv_blocks_used 0.0" in page
+    assert "paged_backend_kv_blocks_total 6.0" in page
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32))
+def test_random_adds_aborts_and_steps_lose_nothing(shared_engine: Engine, seed: int) -> None:
+    rng = random.Random(seed)
+    engine, last = shared_engine, dict[str, RequestOutput]()
+    tokens: dict[str, int] = {}
+
+    def step() -> None:
+        for output in engine.step():
+            assert output.request_id not in last, "an output after the last"
+            tokens[output.request_id] += len(output.token_ids)
+            assert tokens[output.request_id] == output.num_output_tokens
+            if output.finished:
+                last[output.request_id] = output
+        engine.tables.check()
+        pool = engine.tables.pool
+        assert pool.num_free + pool.num_used == pool.num_blocks
+
+    for _ in range(40):
+        action = rng.random()
+        if action < 0.35:
+            prompt = [rng.randrange(3, 200) for _ in range(rng.randint(1, 70))]
+            params = SamplingParams(temperature=rng.choice([0, 1]), max_tokens=rng.randint(1, 30), ignore_eos=True)
+            tokens[engine.add_request(prompt, params)] = 0
+        elif action < 0.45 and tokens.keys() - last.keys():
+            engine.abort(rng.choice(sorted(tokens.keys() - last.keys())))
+        else:
+            step()
+    while engine.has_work:
+        step()
+    assert tokens.keys() == last.keys()
+    assert {output.finish_reason for output in last.values()} <= {"length", "abort"}
+    idle(engine)
+
+
+@pytest.fixture
+def shared_engine(make: MakeEngine) -> Engine:
+    return make(num_blocks=30, block_size=4, max_num_seqs=5, max_num_batched_tokens=40, max_model_len=110)
