@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -84,7 +85,21 @@ def wait_idle(thread: EngineThread) -> None:
         time.sleep(0.01)
 
 
-def test_abort_and_leaving_a_stream_free_the_blocks(thread: EngineThread) -> None:
+def test_abort_ends_a_running_request(thread: EngineThread) -> None:
+    outputs: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
+    request_id = thread.submit("hello", greedy(max_tokens=400), on_output=outputs.put)
+    outputs.get(timeout=10)
+    thread.abort(request_id)
+    thread.abort("unknown")
+    last = outputs.get(timeout=10)
+    while not last.finished:
+        last = outputs.get(timeout=10)
+    assert last.finish_reason == "abort"
+    assert last.num_output_tokens < 400
+    wait_idle(thread)
+
+
+def test_leaving_a_stream_frees_its_blocks(thread: EngineThread) -> None:
     stream = thread.stream("hello", greedy(max_tokens=400))
     next(stream)
     assert thread.stats().blocks_used > 0

@@ -169,13 +169,13 @@ class ReferenceAttention:
             width = -(-(start + count) // block_size)
             blocks = batch.derive(("chunk", row), lambda: batch.block_tables[row, :width])
             key, value = (stored.index_select(0, blocks).flatten(0, 1)[: start + count] for stored in cache)
-        groups = spec.num_heads // spec.num_kv_heads
         query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-        if groups > 1:
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         plain = spec.softcap is None and sinks is None
         if start == 0 and plain and count <= (spec.window or count) and count <= (spec.chunk or count):
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=spec.scale)
+            grouped = spec.num_heads != spec.num_kv_heads
+            out = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=spec.scale, enable_gqa=grouped
+            )
         else:
 
             def make_mask() -> Tensor:
@@ -209,8 +209,13 @@ def _visible(spec: LayerSpec, query_at: Tensor, key_at: Tensor) -> Tensor:
 
 def _attend(spec: LayerSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sinks: Tensor | None) -> Tensor:
     """Masked attention over `[batch, heads, tokens, dim]`, with soft-capping and sinks where the layer has them."""
+    groups = query.shape[1] // key.shape[1]
     if spec.softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=spec.scale)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=spec.scale, enable_gqa=groups > 1
+        )
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = (query @ key.transpose(-1, -2)).float() * spec.scale
     if spec.softcap is not None:
         scores = torch.tanh(scores / spec.softcap) * spec.softcap

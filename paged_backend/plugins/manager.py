@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import pluggy
 
-from paged_backend.errors import InvalidArgument
+from paged_backend.errors import InvalidArgument, PagedBackendError
 from paged_backend.plugins import hookspecs
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,10 @@ class PluginManager:
         self.pluggy = pluggy.PluginManager("paged_backend")
         self.pluggy.add_hookspecs(hookspecs)
         self.pluggy.register(builtin, name="builtin")
-        self.pluggy.load_setuptools_entrypoints("paged_backend")
+        try:
+            self.pluggy.load_setuptools_entrypoints("paged_backend")
+        except Exception as error:
+            raise PagedBackendError(f"an installed plugin cannot be loaded: {error!r}") from error
         for plugin in plugins:
             self.pluggy.register(plugin)
         self.pluggy.check_pending()

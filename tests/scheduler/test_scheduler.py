@@ -108,6 +108,20 @@ class Simulation:
         assert self.tables.pool.num_free == self.num_blocks
 
 
+class LongestFirst:
+    """A policy unlike arrival order."""
+
+    def key(self, request: Request) -> int:
+        return -request.num_prompt_tokens
+
+
+class ShortestFirst:
+    """A policy whose first to go can be a decode older than the prefill it makes room for."""
+
+    def key(self, request: Request) -> int:
+        return request.num_prompt_tokens
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
@@ -115,14 +129,15 @@ class Simulation:
     block_size=st.integers(1, 8),
     num_slots=st.integers(1, 6),
     extra_budget=st.integers(0, 40),
+    policy=st.sampled_from([FirstComeFirstServed(), LongestFirst(), ShortestFirst()]),
 )
 def test_random_arrivals_aborts_and_steps(
-    seed: int, num_blocks: int, block_size: int, num_slots: int, extra_budget: int
+    seed: int, num_blocks: int, block_size: int, num_slots: int, extra_budget: int, policy: SchedulingPolicy
 ) -> None:
     rng = random.Random(seed)
     if num_blocks * block_size < 2:
         num_blocks = 2
-    simulation = Simulation(num_blocks, block_size, num_slots, budget=num_slots + extra_budget)
+    simulation = Simulation(num_blocks, block_size, num_slots, budget=num_slots + extra_budget, policy=policy)
     for _ in range(60):
         action = rng.random()
         if action < 0.3:
@@ -169,13 +184,6 @@ def test_admission_leaves_running_requests_their_next_block() -> None:
     simulation.add(8, 4)
     plan = simulation.step()
     assert [len(request.token_ids) for request in plan.requests] == [4 + 1], "2 + 3 blocks do not fit in 4"
-
-
-class LongestFirst:
-    """A policy unlike arrival order."""
-
-    def key(self, request: Request) -> int:
-        return -request.num_prompt_tokens
 
 
 def test_the_policy_orders_service_and_preemption() -> None:

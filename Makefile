@@ -1,0 +1,44 @@
+# make demo | test | lint | clean. Everything happens in .venv; PYTHON=... chooses what makes it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# pip's tales are for a person at a terminal. (The stdout of $(shell) is a pipe, so ask stderr.)
+PIP_FLAGS := $(if $(shell test -t 2 && echo yes),,--quiet --progress-bar off)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help: ## show this
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## fetch a small chat model, serve it with Triton, and speed up model.generate with it
+	$(BIN)/paged-backend models pull smollm2-135m-instruct
+	$(BIN)/python -m triton_server_model.demo
+	$(BIN)/python -m hf_integration.demo
+
+test: $(STAMP) ## run the tests; ARGS="-k name" chooses some
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: $(PYTHON) cannot make virtual environments. On Debian or Ubuntu: apt install $$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')" >&2; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml constraints/cpu.txt | $(BIN)/python
+	@echo "installing into $(VENV)"
+	@$(PIP) install $(PIP_FLAGS) -c constraints/cpu.txt -e '.[server,demo,bench,dev]'
+	@touch $@
