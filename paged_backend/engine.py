@@ -247,31 +247,31 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Run one step and return what it brought, at most one output a request.
 
-        Never raises for what happens on the device: an error there ends every request with it, and the engine.
+        Never raises: an error on the device, or in the engine itself, ends every request with it, and the engine.
         """
         outputs, self._pending = self._pending, []
         if not self._scheduler.has_work:
             return outputs
-        began = time.perf_counter()
         try:
-            plan = self._scheduler.schedule()
-            self._observe_plan(plan)
-            tokens = self._runner.execute(plan)
+            self._step(outputs)
         except Exception as error:
             logger.exception("the engine met an error it cannot survive")
-            return outputs + self.fail(error)
+            self.error = error
+            outputs += [self._end(live, "error", error) for live in list(self._live.values())]
+        return outputs
+
+    def _step(self, outputs: list[RequestOutput]) -> None:
+        began = time.perf_counter()
+        plan = self._scheduler.schedule()
+        self._observe_plan(plan)
+        tokens = self._runner.execute(plan)
         sampled = [request for request, samples in zip(plan.requests, plan.samples, strict=True) if samples]
-        outputs += [self._commit(request, token) for request, token in zip(sampled, tokens, strict=True)]
+        for request, token in zip(sampled, tokens, strict=True):
+            outputs.append(self._commit(request, token))  # one by one: those before an error are kept
         self._steps += 1
         self._computed_tokens += plan.num_tokens
         self._output_tokens += len(tokens)
         self._on_step(stats=StepStats(len(plan.requests), plan.num_tokens, len(tokens), time.perf_counter() - began))
-        return outputs
-
-    def fail(self, error: Exception) -> list[RequestOutput]:
-        """Stop serving: end every request with `error` and refuse new ones."""
-        self.error = error
-        return [self._end(live, "error", error) for live in list(self._live.values())]
 
     def _observe_plan(self, plan: StepPlan) -> None:
         now = time.monotonic()

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from paged_backend import models
-from tests.hf.tiny import build
+from tests.tiny import build
 
 
 @pytest.fixture(scope="session", autouse=True)

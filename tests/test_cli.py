@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from paged_backend import Engine, EngineConfig, SamplingParams, cli
 from paged_backend.text.chat import chat_token_ids
-from tests.hf.tiny import build
+from tests.tiny import build
 
 SCRIPT = str(Path(sys.executable).parent / "paged-backend")
 Command = Callable[..., tuple[int, str, str]]

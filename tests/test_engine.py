@@ -24,7 +24,7 @@ from paged_backend import (
 )
 from paged_backend.plugins import hookimpl
 from paged_backend.request import Request
-from tests.hf.tiny import build
+from tests.tiny import build
 
 MakeEngine = Callable[..., Engine]
 

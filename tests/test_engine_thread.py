@@ -173,6 +173,16 @@ def test_a_dead_engine_answers_every_request_and_refuses_new_ones(tiny_llama_dir
             thread.generate(["hello"])
 
 
+def test_an_error_in_the_engine_itself_still_answers(thread: EngineThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> RequestOutput:
+        raise AssertionError("engine bug")
+
+    monkeypatch.setattr(thread.engine, "_commit", broken)
+    outputs = thread.generate(["a", "b"], greedy())
+    assert [str(output.error) for output in outputs] == ["engine bug"] * 2
+    assert thread.stats().blocks_used == 0
+
+
 def test_asyncio_tasks_stream_cancel_and_gather(tiny_llama_dir: Path) -> None:
     async def run() -> None:
         engine = AsyncEngine(EngineConfig(model=str(tiny_llama_dir), **CONFIG))
