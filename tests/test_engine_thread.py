@@ -178,8 +178,8 @@ def test_an_error_in_the_engine_itself_still_answers(thread: EngineThread, monke
         raise AssertionError("engine bug")
 
     monkeypatch.setattr(thread.engine, "_commit", broken)
-    outputs = thread.generate(["a", "b"], greedy())
-    assert [str(output.error) for output in outputs] == ["engine bug"] * 2
+    (output,) = thread.generate(["hello"], greedy())
+    assert str(output.error) == "engine bug"
     assert thread.stats().blocks_used == 0
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from paged_backend import Engine, EngineConfig, SamplingParams
-from tests.hf.tiny import FAMILIES, build
+from tests.tiny import FAMILIES, build
 
 
 def own_tokens(model: PreTrainedModel, prompt: list[int], length: int) -> list[int]:

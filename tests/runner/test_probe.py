@@ -12,7 +12,7 @@ from paged_backend import Engine, EngineConfig, UnsupportedModel
 from paged_backend.runner.attention import attach, detach
 from paged_backend.runner.loader import context_length
 from paged_backend.runner.probe import probe
-from tests.hf.tiny import FAMILIES, SHAPE, build
+from tests.tiny import FAMILIES, SHAPE, build
 
 
 def specs(model: PreTrainedModel) -> list[Any]:
