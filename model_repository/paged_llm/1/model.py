@@ -1,0 +1,3 @@
+from triton_server_model.model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]

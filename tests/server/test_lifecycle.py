@@ -1,0 +1,160 @@
+"""Loading, unloading and ending the real server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.server.client import Client, eventually
+from triton_server_model.launcher import MODEL_NAME, free_ports
+
+SHORT = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
+
+
+def test_unload_and_reload(client: Client) -> None:
+    stream = client.stream("the fox", sampling={"max_tokens": 200, "ignore_eos": True})
+    stream.wait_for(lambda: stream.chunks)
+    client.http.post(f"/v2/repository/models/{MODEL_NAME}/unload").raise_for_status()
+    assert stream.finish()
+    assert stream.error is None
+    unloaded = {"name": MODEL_NAME, "version": "1", "state": "UNAVAILABLE", "reason": "unloaded"}
+    eventually(lambda: unloaded in client.http.post("/v2/repository/index").json())
+    assert client.metric("steps_total") is None
+    client.http.post(f"/v2/repository/models/{MODEL_NAME}/load").raise_for_status()
+    assert client.stream("the fox", sampling=SHORT).finish()
+    client.await_metric("requests_ended_total", 1, reason="length")
+
+
+def test_wrong_engine_json_is_refused(client: Client) -> None:
+    answer = client.http.post("/v2/repository/models/broken/load")
+    assert answer.status_code == 400
+    assert (
+        "engine.json: max_num_sequences=4: unknown field of EngineConfig; did you mean 'max_num_seqs'?" in answer.text
+    )
+    assert client.stream("the fox", sampling=SHORT).finish()
+
+
+def _regions() -> set[Path]:
+    """Shared memory of Triton's Python backends."""
+    return set(Path("/dev/shm").glob("triton_*"))
+
+
+class Cli:
+    """`paged-backend serve` in a process of its own, whose temporary files all lie in `tmp`."""
+
+    def __init__(self, tmp: Path, *arguments: str, setup: str = "", **environment: str) -> None:
+        self.tmp, self.ports, self.regions = tmp, free_ports(3), _regions()
+        names = ("--http-port", "--grpc-port", "--metrics-port")
+        ports = [str(part) for pair in zip(names, self.ports, strict=True) for part in pair]
+        code = f"{setup}\nfrom paged_backend.cli import main\nmain()"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, "serve", *ports, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "TMPDIR": str(tmp), **environment},
+        )
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and output, after checking that nothing is left."""
+        output, _ = self.process.communicate(timeout=60)
+        assert not list(self.tmp.iterdir())
+        eventually(lambda: not self.children())
+        assert not _regions() - self.regions
+        return self.process.returncode, output
+
+    def children(self) -> dict[str, int]:
+        """Processes of the server this started, by program name."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                command = path.read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if any(str(self.tmp) in part for part in command):
+                found[Path(command[0]).name] = int(path.parent.name)
+        return found
+
+
+def test_serve_until_sigterm(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    cli = Cli(tmp_path, "--model", str(tiny_llama_dir), "--dtype", "float32", "--device", "cpu", "--kv-cache", "1MiB")
+    shown = []
+    for line in cli.process.stdout:
+        shown.append(line)
+        if "curl" in line:
+            break
+    example = subprocess.run(shown[-1], shell=True, capture_output=True, text=True, check=True)
+    assert "text_output" in example.stdout
+    assert {"tritonserver", "triton_python_backend_stub"} <= cli.children().keys()
+
+    body = {"text_input": "the fox", "stream": True, "parameters": {"max_tokens": 400, "ignore_eos": True}}
+    url = f"http://127.0.0.1:{cli.ports[0]}/v2/models/{MODEL_NAME}/generate_stream"
+    with httpx.stream("POST", url, json=body, trust_env=False, timeout=60) as response:
+        lines = response.iter_lines()
+        first = next(lines)
+        cli.process.send_signal(signal.SIGTERM)  # what runs is finished first
+        rest = list(lines)
+    assert first.startswith("data: ")
+    assert len(rest) > 2
+    assert not any("error" in line for line in rest)
+    assert cli.end() == (0, "stopped\n")
+
+
+def test_serve_tells_that_the_server_died(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    cli = Cli(tmp_path, "--model", str(tiny_llama_dir))
+    eventually(lambda: "triton_python_backend_stub" in cli.children())
+    os.kill(cli.children()["tritonserver"], signal.SIGKILL)
+    code, output = cli.end()
+    assert code == 2
+    assert "error: tritonserver ended with code -9" in output
+    assert "Traceback" not in output
+
+
+def test_serve_stops_while_starting(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    cli = Cli(tmp_path, "--model", str(tiny_llama_dir))
+    eventually(lambda: "tritonserver" in cli.children())
+    cli.process.send_signal(signal.SIGINT)
+    code, output = cli.end()
+    assert (code, output.splitlines()[-1:]) == (0, ["stopped"])
+
+
+def test_serve_port_in_use(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        code, output = Cli(tmp_path, "--model", str(tiny_llama_dir), "--grpc-port", port).end()
+    assert code == 2
+    assert output.startswith(f"error: grpc_port={port}: ")
+    assert "--grpc-port" in output
+    assert len(output.splitlines()) == 1
+
+
+def test_serve_without_a_server(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    hidden = "import sys; sys.modules['pytriton'] = None"
+    code, output = Cli(tmp_path, "--model", str(tiny_llama_dir), setup=hidden, PATH="").end()
+    assert code == 2
+    assert output.startswith("error: no tritonserver on PATH")
+    assert "pip install 'paged-backend[server]'" in output
+    assert len(output.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/no/such/model"], "model='/no/such/model': no such directory"),
+        (
+            ["--model", "x", "--dtype", "int3"],
+            "dtype='int3': Input should be 'auto', 'float32', 'bfloat16' or 'float16'",
+        ),
+        ([], "--model=None: name a model to serve, or a --repository"),
+        (["--repository", "/", "--dtype", "float32"], "--repository='/': its engine.json decides dtype"),
+    ],
+)
+def test_serve_bad_arguments(tmp_path: Path, arguments: list[str], message: str) -> None:
+    assert Cli(tmp_path, *arguments).end() == (2, f"error: {message}\n")

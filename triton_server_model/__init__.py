@@ -1,0 +1,1 @@
+"""Serves the engine from a Triton Inference Server."""

@@ -1,0 +1,98 @@
+"""Adds `serve` to the `paged-backend` command line. Imported at every start of it, so heavy imports are inside."""
+
+from __future__ import annotations
+
+import signal
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from paged_backend.errors import InvalidArgument
+from paged_backend.plugins import hookimpl
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from triton_server_model.launcher import TritonServer
+
+
+@hookimpl
+def paged_cli_commands(app: typer.Typer) -> None:
+    """Add `paged-backend serve`."""
+    app.command()(serve)
+
+
+Port = typer.Option(min=1, max=65535)
+
+
+def serve(
+    model: Annotated[
+        str | None, typer.Option(help="Local directory, hub id, or a name of `paged-backend models list`.")
+    ] = None,
+    repository: Annotated[
+        Path | None,
+        typer.Option(help="Serve this Triton model repository instead of --model.", exists=True, file_okay=False),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    http_port: Annotated[int, Port] = 8000,
+    grpc_port: Annotated[int, Port] = 8001,
+    metrics_port: Annotated[int, Port] = 8002,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="torch device, such as cpu or cuda:1.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and output together.")] = None,
+    kv_cache: Annotated[str | None, typer.Option(help="Memory for the KV cache, such as 4GiB.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the server's log.")] = False,
+) -> None:
+    """Serve a model with Triton Inference Server until Ctrl-C."""
+    from rich.console import Console
+
+    from paged_backend.config import EngineConfig
+    from triton_server_model.launcher import TritonServer
+
+    given = {
+        "model": model,
+        "dtype": dtype,
+        "device": device,
+        "max_model_len": max_model_len,
+        "kv_cache_bytes": kv_cache,
+    }
+    fields = {name: value for name, value in given.items() if value is not None}
+    if repository is None and model is None:
+        raise InvalidArgument("--model", model, "name a model to serve, or a --repository")
+    if repository is not None and fields:
+        raise InvalidArgument("--repository", str(repository), f"its engine.json decides {', '.join(fields)}")
+    server = TritonServer(
+        EngineConfig(**fields) if repository is None else repository,
+        host=host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        verbose=verbose,
+    )
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ctrl-C and SIGTERM both raise KeyboardInterrupt
+    try:
+        with ExitStack() as stack:
+            with console.status("starting tritonserver"):
+                stack.enter_context(server)
+            _show_ready(console, server, example=repository is None)
+            while True:
+                server.check()
+                time.sleep(0.5)
+    except KeyboardInterrupt:
+        console.print("stopped")
+
+
+def _show_ready(console: Console, server: TritonServer, *, example: bool) -> None:
+    from triton_server_model.launcher import MODEL_NAME
+
+    http = f"http://{server.address('http')}"
+    console.print(f"ready, Ctrl-C stops\n  HTTP     {http}\n  gRPC     {server.address('grpc')}")
+    console.print(f"  metrics  http://{server.address('metrics')}/metrics")
+    if not example:
+        return
+    body = '{"text_input": "The capital of France is", "parameters": {"max_tokens": 16, "temperature": 0}}'
+    console.print(f"try\n  curl -s {http}/v2/models/{MODEL_NAME}/generate -d '{body}'")
