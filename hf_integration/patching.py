@@ -22,9 +22,9 @@ from hf_integration.rows import Rows
 from hf_integration.translate import NotServed, check_call, sampling_params, unpadded_prompts
 from paged_backend.config import EngineConfig
 from paged_backend.engine import Engine
-from paged_backend.engine_thread import EngineThread
 from paged_backend.errors import InvalidArgument
 from paged_backend.runner.attention import detach
+from paged_backend.shared_engine import SharedEngine
 from paged_backend.stats import EngineStats
 
 
@@ -47,7 +47,7 @@ class _Patch:
 
     config: EngineConfig
     strict: bool
-    thread: EngineThread
+    engine: SharedEngine
     weights: tuple[torch.device, torch.dtype]
     served: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
@@ -64,13 +64,13 @@ class _Patch:
 
     def check_length(self, prompts: list[list[int]], max_tokens: int) -> None:
         """Raises `NotServed` when a row could outgrow the engine; transformers has no such bound."""
-        if max(map(len, prompts)) + max_tokens > self.thread.engine.max_model_len:
-            raise NotServed(f"max_length beyond the engine's max_model_len={self.thread.engine.max_model_len}")
+        if max(map(len, prompts)) + max_tokens > self.engine.engine.max_model_len:
+            raise NotServed(f"max_length beyond the engine's max_model_len={self.engine.engine.max_model_len}")
 
     def stats(self) -> GenerateStats:
         """A snapshot."""
         with self.lock:
-            return GenerateStats(self.served, self.reasons.total(), dict(self.reasons), self.thread.stats())
+            return GenerateStats(self.served, self.reasons.total(), dict(self.reasons), self.engine.stats())
 
     def fall_back(self, reason: NotServed) -> None:
         """Count the call, and warn when its reason is new; raises it instead when strict."""
@@ -124,7 +124,7 @@ class _PagedGenerate:
             seeds = torch.randint(2**63 - 1, (len(prompts),)).tolist()
             row_params = [params.model_copy(update={"seed": seed}) for seed in seeds]
         rows = Rows(
-            patch.thread,
+            patch.engine,
             len(prompts),
             # Without an EOS criterion all rows end together, and nothing is padded.
             pad=0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor),
@@ -171,8 +171,8 @@ def patch(model: PreTrainedModel, *, strict: bool = False, **engine_config: Any)
     config = EngineConfig(**engine_config)
     patched = _patch_of(model)
     if patched is None:
-        thread = EngineThread(Engine(config, model=model))
-        model._paged = _Patch(config, strict, thread, (model.device, model.dtype))
+        engine = SharedEngine(Engine(config, model=model))
+        model._paged = _Patch(config, strict, engine, (model.device, model.dtype))
         model.__class__ = _paged_class(type(model))
     elif (patched.config, patched.strict) != (config, strict):
         raise InvalidArgument("model", type(model).__name__, "is patched with another configuration; unpatch it first")
@@ -186,7 +186,7 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     """
     patched = _patch_of(model)
     if patched is not None:
-        patched.thread.close()
+        patched.engine.close()
         model.__class__ = _plain_class(model)
         del model._paged
     return model

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Callable, Sequence
 
-from paged_backend.engine_thread import EngineThread
 from paged_backend.errors import EngineDead, Overloaded
 from paged_backend.request import OutputCallback, RequestOutput, SamplingParams
+from paged_backend.shared_engine import SharedEngine
 
 
 class Rows:
@@ -18,14 +17,15 @@ class Rows:
     """
 
     def __init__(
-        self, thread: EngineThread, count: int, pad: int, on_column: Callable[[list[int]], None] | None
+        self, engine: SharedEngine, count: int, pad: int, on_column: Callable[[list[int]], None] | None
     ) -> None:
         self._tokens: list[list[int]] = [[] for _ in range(count)]
-        self._thread, self._pad, self._on_column = thread, pad, on_column
-        self._request_ids: dict[int, str] = {}
-        self._running = set(range(count))
+        self._engine, self._pad, self._on_column = engine, pad, on_column
+        self._request_ids: list[str] = []
+        self._running: set[int] = set()
+        """Rows submitted and not ended."""
         self._columns = 0
-        self._outputs: queue.SimpleQueue[tuple[int, RequestOutput]] = queue.SimpleQueue()
+        self._error: Exception | None = None
 
     def run(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
         """Submit every row, wait until all have ended, and return their tokens, equally many for each row.
@@ -38,42 +38,49 @@ class Rows:
             while self._running:
                 self._wait()
         except BaseException:
-            for request_id in self._request_ids.values():
-                self._thread.abort(request_id)
+            for request_id in self._request_ids:
+                self._engine.abort(request_id)
+            self._engine.run_until(lambda: not self._running)
             raise
         steps = max(map(len, self._tokens))
         return [tokens + [self._pad] * (steps - len(tokens)) for tokens in self._tokens]
 
     def _submit(self, row: int, prompt: list[int], params: SamplingParams) -> None:
         while True:
+            self._running.add(row)  # before its first output can come, on another thread
             try:
-                self._request_ids[row] = self._thread.submit(prompt, params, on_output=self._listener(row))
+                self._request_ids.append(self._engine.submit(prompt, params, on_output=self._listener(row)))
                 return
-            except Overloaded:
+            except BaseException as error:
+                self._running.discard(row)
                 # More rows than the engine lets wait: go on as soon as one of this call has ended.
-                if not self._request_ids:
+                if not (isinstance(error, Overloaded) and self._running):
                     raise
-                self._wait()
+            self._wait()
 
     def _listener(self, row: int) -> OutputCallback:
         def on_output(output: RequestOutput) -> None:
             self._tokens[row] += output.token_ids
-            # Waking the caller for every token is worth its cost only to a streamer.
-            if output.finished or self._on_column is not None:
-                self._outputs.put((row, output))
+            if output.finished:
+                self._running.discard(row)
+            if output.finish_reason in ("abort", "error"):
+                self._error = output.error or EngineDead("the model was unpatched while generate ran")
 
         return on_output
 
     def _wait(self) -> None:
-        row, output = self._outputs.get()
-        if output.finished:
-            del self._request_ids[row]
-            self._running.discard(row)
-            if output.finish_reason in ("abort", "error"):
-                raise output.error or EngineDead("the model was unpatched while generate ran")
+        """Return when a row has ended, or when there is a column to hand out."""
+        unfinished = len(self._running)
+        self._engine.run_until(lambda: len(self._running) < unfinished or self._whole() > self._columns)
+        if self._error is not None:
+            raise self._error
+        for column in range(self._columns, self._whole()):
+            if self._on_column is not None:
+                self._on_column([row[column] if column < len(row) else self._pad for row in self._tokens])
+            self._columns = column + 1
+
+    def _whole(self) -> int:
+        """Columns that every row has reached or ended before; 0 if nobody asks for columns."""
         if self._on_column is None:
-            return
-        whole = min((len(self._tokens[row]) for row in self._running), default=max(map(len, self._tokens)))
-        for column in range(self._columns, whole):
-            self._on_column([row[column] if column < len(row) else self._pad for row in self._tokens])
-        self._columns = whole
+            return 0
+        return min((len(self._tokens[row]) for row in self._running), default=max(map(len, self._tokens)))

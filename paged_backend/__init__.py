@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         UnsupportedModel,
     )
     from paged_backend.request import RequestOutput, SamplingParams
+    from paged_backend.shared_engine import SharedEngine
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ _HOME = {
     "PagedBackendError": "errors",
     "RequestOutput": "request",
     "SamplingParams": "request",
+    "SharedEngine": "shared_engine",
     "UnsupportedModel": "errors",
 }
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "PagedBackendError",
     "RequestOutput",
     "SamplingParams",
+    "SharedEngine",
     "UnsupportedModel",
 ]
 

@@ -28,7 +28,7 @@ class AsyncEngine:
         plugins: Iterable[object] = (),
     ) -> None:
         """As `Engine`."""
-        self._thread = EngineThread(Engine(config, model=model, tokenizer=tokenizer, plugins=plugins))
+        self._thread = EngineThread(lambda: Engine(config, model=model, tokenizer=tokenizer, plugins=plugins))
 
     async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[RequestOutput]:
         """Outputs of one prompt as they come. Leaving the iterator, or cancelling the task, aborts the request.

@@ -44,8 +44,8 @@ class _Live:
 class Engine:
     """A model over a paged KV cache, serving many requests at once by continuous batching.
 
-    Single-threaded: call it from one thread, or let `EngineThread` or `AsyncEngine` do so. Raises `InvalidArgument`
-    for a configuration the machine or the model cannot meet, and `UnsupportedModel`.
+    Single-threaded: call it from one thread; `SharedEngine`, `EngineThread` and `AsyncEngine` are for many callers.
+    Raises `InvalidArgument` for a configuration the machine or the model cannot meet, and `UnsupportedModel`.
     """
 
     def __init__(
@@ -258,6 +258,10 @@ class Engine:
             logger.exception("the engine met an error it cannot survive")
             self.error = error
             outputs += [self._end(live, "error", error) for live in list(self._live.values())]
+        except BaseException:  # Ctrl-C on the thread that steps: undo the step, for the sake of other callers
+            self._pending = outputs
+            self._scheduler.preempt_all()
+            raise
         return outputs
 
     def _step(self, outputs: list[RequestOutput]) -> None:

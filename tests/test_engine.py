@@ -265,6 +265,39 @@ def test_an_error_on_the_device_ends_every_request_with_its_cause(make: MakeEngi
     idle(engine)
 
 
+class Interrupts:
+    """A plugin in which Ctrl-C is pressed during some steps."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self.steps, self.seen = steps, 0
+
+    @hookimpl
+    def paged_logits_processor(self, config: EngineConfig) -> Any:
+        def process(logits: torch.Tensor, requests: list[Request]) -> None:
+            self.seen += 1
+            if self.seen in self.steps:
+                raise KeyboardInterrupt
+
+        return process
+
+
+def test_an_interrupted_step_is_done_again(make: MakeEngine) -> None:
+    prompts = ["one", "two " * 20, "three"]
+    want = make().generate(prompts, greedy(max_tokens=12))
+    engine = make(plugins=[Interrupts({1, 2, 9})])
+    tokens: dict[str, list[int]] = {engine.add_request(prompt, greedy(max_tokens=12)): [] for prompt in prompts}
+    interrupts = 0
+    while engine.has_work:
+        try:
+            for output in engine.step():
+                tokens[output.request_id] += output.token_ids
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert interrupts == 3
+    assert list(tokens.values()) == [output.token_ids for output in want]
+    idle(engine)
+
+
 class Undecodable:
     """A tokenizer that cannot decode one of its tokens."""
 

@@ -47,7 +47,7 @@ def rows() -> Rows:
 
 @pytest.fixture
 def thread(tiny_llama_dir: Path, rows: Rows) -> Iterator[EngineThread]:
-    with EngineThread(Engine(EngineConfig(model=str(tiny_llama_dir), **CONFIG), plugins=[rows])) as thread:
+    with EngineThread(lambda: Engine(EngineConfig(model=str(tiny_llama_dir), **CONFIG), plugins=[rows])) as thread:
         yield thread
 
 
@@ -128,7 +128,7 @@ def test_close_ends_every_request_exactly_once(thread: EngineThread) -> None:
 
 def test_waiting_requests_are_bounded_across_threads(tiny_llama_dir: Path) -> None:
     config = EngineConfig(model=str(tiny_llama_dir), **CONFIG | {"max_num_seqs": 1, "max_waiting": 4})
-    with EngineThread(Engine(config)) as thread:
+    with EngineThread(lambda: Engine(config)) as thread:
         refused, ended = 0, threading.Semaphore(0)
 
         def on_output(output: RequestOutput) -> None:
@@ -164,7 +164,7 @@ class Dies:
 
 
 def test_a_dead_engine_answers_every_request_and_refuses_new_ones(tiny_llama_dir: Path) -> None:
-    with EngineThread(Engine(EngineConfig(model=str(tiny_llama_dir), **CONFIG), plugins=[Dies()])) as thread:
+    with EngineThread(lambda: Engine(EngineConfig(model=str(tiny_llama_dir), **CONFIG), plugins=[Dies()])) as thread:
         (output,) = thread.generate(["hello"], greedy())
         assert output.finish_reason == "error"
         assert "out of memory" in str(output.error)

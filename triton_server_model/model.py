@@ -37,13 +37,12 @@ class TritonPythonModel:
             from paged_backend.engine import Engine
             from paged_backend.engine_thread import EngineThread
 
-            engine = Engine(config)
+            self._engine = EngineThread(lambda: Engine(config))
         except (PagedBackendError, OSError, json.JSONDecodeError) as error:
             raise pb_utils.TritonModelException(f"{path}: {error}") from None  # the message says it all
         labels = {"model": args["model_name"], "version": args["model_version"]}
-        self._engine = EngineThread(engine)
         self._sender = Sender(self._engine.abort)
-        self._metrics = MetricsMirror(engine.metrics.registry, labels)
+        self._metrics = MetricsMirror(self._engine.engine.metrics.registry, labels)
 
     def execute(self, requests: list[Any]) -> None:
         """Hand each request to the engine, or answer it at once with what is wrong with it."""

@@ -110,6 +110,11 @@ class Scheduler:
         """Blocks a running request still has to take for its tokens and the next one."""
         return max(0, self.tables.blocks_for(len(request.token_ids) + 1) - self.tables.num_owned(request.slot))
 
+    def preempt_all(self) -> None:
+        """Send every running request back to the queue, as after a step that never ended."""
+        for request in list(self.running.values()):
+            self._preempt(request, StepPlan())
+
     def _make_room(self, request: Request, num_tokens: int, plan: StepPlan) -> bool:
         """Grow the request's table, preempting by recompute until it fits; False if the request itself had to go."""
         while not self.tables.grow(request.slot, num_tokens):

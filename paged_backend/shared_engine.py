@@ -1,0 +1,172 @@
+"""One engine for many threads."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+from paged_backend.engine import Engine, Prompt, join, output_of, spread
+from paged_backend.errors import EngineDead, InvalidArgument, Overloaded
+from paged_backend.request import OutputCallback, Request, RequestOutput, SamplingParams
+from paged_backend.stats import EngineStats
+
+logger = logging.getLogger(__name__)
+
+
+class SharedEngine:
+    """An engine whose callers step it themselves: one of the threads that wait does so for all of them.
+
+    So a program with one thread pays for no other, and threads that call at once are batched together. Every accepted
+    request gets exactly one last output (`finish_reason` set), whatever happens to the engine.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._callbacks: dict[str, OutputCallback] = {}
+        self._arrived: list[Request] = []
+        self._aborted: list[str] = []
+        self._stepping = self._closing = self._closed = False
+        self._state = threading.Condition()  # guards all of the above; not held during a step
+
+    @property
+    def error(self) -> Exception | None:
+        """What killed the engine; None while it serves."""
+        return self.engine.error
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        on_output: OutputCallback,
+        request_id: str | None = None,
+    ) -> str:
+        """Accept a request and return its id; it advances while some thread is in `run_until`.
+
+        `on_output` is called on that thread with what is new; it must be quick and must not raise. Raises
+        `InvalidArgument`, `Overloaded` or `EngineDead` here, with nothing accepted.
+        """
+        request = self.engine.make_request(prompt, params, request_id)
+        with self._state:
+            if self._closing or self.error is not None:
+                raise EngineDead(f"the engine has stopped: {self.error or 'it was closed'}")
+            waiting, most = self.stats().num_waiting + len(self._arrived), self.engine.config.max_waiting
+            if waiting >= most:
+                raise Overloaded(f"{waiting} requests wait already; max_waiting is {most}")
+            if request.request_id in self._callbacks:
+                raise InvalidArgument("request_id", request.request_id, "is in use by a request that has not ended")
+            self._callbacks[request.request_id] = on_output
+            self._arrived.append(request)
+            self._state.notify_all()
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request at the next step, with finish reason "abort". Unknown and ended ids are ignored."""
+        with self._state:
+            self._aborted.append(request_id)
+            self._state.notify_all()
+
+    def run_until(self, done: Callable[[], bool]) -> None:
+        """Return when `done` holds; it is asked again after every step. Steps the engine if no other thread does."""
+        with self._state:
+            while not done():
+                if self._stepping:
+                    self._state.wait()
+                    continue
+                self._stepping = True
+                try:
+                    while not done():
+                        self._turn()
+                finally:
+                    self._stepping = False
+                    self._state.notify_all()
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Whole outputs of all prompts, in order. If one is refused, those before it are aborted, and it raises."""
+        parts: dict[str, list[RequestOutput]] = {}
+        try:
+            for prompt, one in zip(prompts, spread(params, len(prompts)), strict=True):
+                collected: list[RequestOutput] = []
+                parts[self.submit(prompt, one, on_output=collected.append)] = collected
+            self.run_until(lambda: all(collected and collected[-1].finished for collected in parts.values()))
+        except BaseException:
+            for request_id in parts:
+                self.abort(request_id)
+            raise
+        return [join(collected) for collected in parts.values()]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Outputs of one prompt as they come. Leaving the iterator early aborts the request."""
+        outputs: deque[RequestOutput] = deque()
+        request_id = self.submit(prompt, params, on_output=outputs.append)
+        try:
+            finished = False
+            while not finished:
+                self.run_until(lambda: bool(outputs))
+                output = outputs.popleft()
+                finished = output.finished
+                yield output
+        finally:
+            self.abort(request_id)
+
+    def stats(self) -> EngineStats:
+        """Numbers of the engine now."""
+        return self.engine.stats()
+
+    def close(self) -> None:
+        """Abort what runs and close the engine. Idempotent; not from an output callback."""
+        with self._state:
+            self._closing = True
+            self._state.notify_all()
+        self.run_until(lambda: self._closed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _turn(self) -> None:
+        """One step, or a wait for something to do. Called with the state held, and holds it again after."""
+        while not (self._arrived or self._aborted or self._closing or self.engine.has_work):
+            self._state.wait()
+        arrived, self._arrived = self._arrived, []
+        aborted, self._aborted = self._aborted, []
+        for request in arrived:
+            self._accept(request)
+        for request_id in aborted:
+            self.engine.abort(request_id)
+        if self._closing:
+            self.engine.close()
+            self._closed = True
+        self._state.release()
+        try:
+            outputs = self.engine.step()
+        finally:
+            self._state.acquire()
+        self._deliver(outputs)
+        self._state.notify_all()
+
+    def _accept(self, request: Request) -> None:
+        try:
+            self.engine.enqueue(request)
+        except Exception as error:  # the engine died since `submit`
+            request.end("error", error)
+            self._deliver([output_of(request, [], "")])
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            callback = self._callbacks.pop(output.request_id) if output.finished else self._callbacks[output.request_id]
+            try:
+                callback(output)
+            except Exception:
+                logger.exception("the output callback of request %s failed; it is aborted", output.request_id)
+                self.engine.abort(output.request_id)
