@@ -38,7 +38,9 @@ def build(family: str = "llama", **overrides: Any) -> PreTrainedModel:
     """The same weights for the same arguments."""
     config = AutoConfig.for_model(family, **SHAPE | FAMILIES[family] | overrides)
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
+    # Older transformers would give gemma2 an sdpa that forgets its soft-cap.
+    attention = {"attn_implementation": "eager"} if family == "gemma2" else {}
+    model = AutoModelForCausalLM.from_config(config, **attention).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn_like(parameter) * 0.08

@@ -114,6 +114,17 @@ def detach(model: PreTrainedModel) -> None:
     set_implementation(model, model.config._attn_implementation.removeprefix(_PREFIX))
 
 
+@contextlib.contextmanager
+def using_eager(model: PreTrainedModel) -> Iterator[None]:
+    """Compute with the model's own plain attention, the one that has all its features: older sdpa drops soft-caps."""
+    before = model.config._attn_implementation
+    set_implementation(model, "eager")
+    try:
+        yield
+    finally:
+        set_implementation(model, before)
+
+
 def set_implementation(model: PreTrainedModel, name: str) -> None:
     """Set the attention implementation, and make sure that it took."""
     model.set_attn_implementation(name)

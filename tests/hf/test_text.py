@@ -19,7 +19,8 @@ def test_pipeline(make_patched: Any, tokenizer: Any) -> None:
     for batch_size, inputs in ((1, texts), (3, texts), (3, chats)):
         arguments = {"batch_size": batch_size, "max_new_tokens": 8, "do_sample": False}
         want, got = (
-            pipeline("text-generation", model=each, tokenizer=tokenizer)(inputs, **arguments) for each in (plain, model)
+            pipeline("text-generation", model=each, tokenizer=tokenizer, device="cpu")(inputs, **arguments)
+            for each in (plain, model)
         )
         assert got == want
     assert stats(model).served == 3 + 1 + 1

@@ -15,7 +15,7 @@ from tests.tiny import FAMILIES, build
 
 def own_tokens(model: PreTrainedModel, prompt: list[int], length: int) -> list[int]:
     """What transformers generates."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, min_new_tokens=length, do_sample=False
     )
