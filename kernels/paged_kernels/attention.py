@@ -132,7 +132,9 @@ class ReferenceAttention:
         rows, block_size = batch.num_single, cache.key.shape[1]
         longest = max(batch.starts[:rows]) + 1
         width = -(-longest // block_size)
-        blocks = batch.derive("singles", lambda: batch.block_tables[:rows, :width].reshape(-1))
+        blocks = batch.derive(
+            "singles", lambda: batch.block_tables[:rows, :width].reshape(-1).long()
+        )  # int32 gathers slowly
         key, value = (
             stored.view(stored.shape[0], -1)
             .index_select(0, blocks)
@@ -167,7 +169,7 @@ class ReferenceAttention:
         if start > 0:
             block_size = cache.key.shape[1]
             width = -(-(start + count) // block_size)
-            blocks = batch.derive(("chunk", row), lambda: batch.block_tables[row, :width])
+            blocks = batch.derive(("chunk", row), lambda: batch.block_tables[row, :width].long())
             key, value = (stored.index_select(0, blocks).flatten(0, 1)[: start + count] for stored in cache)
         query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         plain = spec.softcap is None and sinks is None
