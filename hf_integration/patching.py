@@ -49,6 +49,7 @@ class _Patch:
     strict: bool
     engine: SharedEngine
     weights: tuple[torch.device, torch.dtype]
+    attention: str
     served: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -59,6 +60,8 @@ class _Patch:
             raise NotServed("a model in training mode (model.eval() leaves it)")
         if (model.device, model.dtype) != self.weights:
             raise NotServed("a model moved or cast since patch (unpatch and patch it again)")
+        if model.config._attn_implementation != self.attention:
+            raise NotServed("an attention implementation set since patch (unpatch and patch it again)")
         if torch.is_autocast_enabled(model.device.type):
             raise NotServed("torch.autocast")
 
@@ -172,7 +175,7 @@ def patch(model: PreTrainedModel, *, strict: bool = False, **engine_config: Any)
     patched = _patch_of(model)
     if patched is None:
         engine = SharedEngine(Engine(config, model=model))
-        model._paged = _Patch(config, strict, engine, (model.device, model.dtype))
+        model._paged = _Patch(config, strict, engine, (model.device, model.dtype), model.config._attn_implementation)
         model.__class__ = _paged_class(type(model))
     elif (patched.config, patched.strict) != (config, strict):
         raise InvalidArgument("model", type(model).__name__, "is patched with another configuration; unpatch it first")

@@ -35,7 +35,7 @@ class Rows:
         try:
             for row, prompt in enumerate(prompts):
                 self._submit(row, prompt, params[row])
-            while self._running:
+            while self._running or self._error is not None:
                 self._wait()
         except BaseException:
             for request_id in self._request_ids:
@@ -71,7 +71,11 @@ class Rows:
     def _wait(self) -> None:
         """Return when a row has ended, or when there is a column to hand out."""
         unfinished = len(self._running)
-        self._engine.run_until(lambda: len(self._running) < unfinished or self._whole() > self._columns)
+
+        def changed() -> bool:
+            return not self._running or len(self._running) < unfinished or self._whole() > self._columns
+
+        self._engine.run_until(changed)
         if self._error is not None:
             raise self._error
         for column in range(self._columns, self._whole()):

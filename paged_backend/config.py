@@ -14,8 +14,12 @@ _UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("KMGT", start=1)
 
 
 def _parse_bytes(value: object) -> object:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?)B?\s*", value) if isinstance(value, str) else None
-    return int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else value
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?)B?\s*", value)
+    if not match or match[2] not in _UNITS:
+        raise ValueError("must be a number of bytes, or one with a unit: K, M, G, T, KiB, MiB, GiB or TiB")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 Bytes = Annotated[int, BeforeValidator(_parse_bytes)]
@@ -62,8 +66,10 @@ class EngineConfig(CheckedModel):
     @model_validator(mode="after")
     def _consistent(self) -> EngineConfig:
         if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens must be at least max_num_seqs={self.max_num_seqs}, so that every decode fits"
+            raise InvalidArgument(
+                "max_num_batched_tokens",
+                self.max_num_batched_tokens,
+                f"must be at least max_num_seqs={self.max_num_seqs}, so that every decode fits",
             )
         return self
 

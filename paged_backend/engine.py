@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
 import itertools
 import logging
+import operator
 import secrets
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,10 +19,10 @@ from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineDead, InvalidArgument, Overloaded
 from paged_backend.kv_cache.block_pool import BlockPool
 from paged_backend.kv_cache.block_tables import BlockTables
-from paged_backend.kv_cache.capacity import choose_num_blocks
 from paged_backend.metrics import Metrics
 from paged_backend.plugins.manager import PluginManager
 from paged_backend.request import FinishReason, Request, RequestOutput, SamplingParams
+from paged_backend.runner.capacity import choose_num_blocks
 from paged_backend.runner.check import peak_step_bytes, verify
 from paged_backend.runner.loader import LoadedModel, context_length, eos_token_ids
 from paged_backend.runner.runner import ModelRunner, PagedModel
@@ -65,32 +70,38 @@ class Engine:
         backend = self.plugins.make(
             "paged_attention_backend", "attention_backend", config.attention_backend, config=config
         )
-        loaded = (
-            LoadedModel(model, tokenizer) if model is not None else self.plugins.hook.paged_load_model(config=config)
-        )
+        if model is None:
+            loaded = self.plugins.hook.paged_load_model(config=config)
+        else:
+            # The caller's own use of a tokenizer sets its padding and truncation, and would change our prompts.
+            loaded = LoadedModel(model, copy.deepcopy(tokenizer))
         self.config, self.model, self.tokenizer = config, loaded.model, loaded.tokenizer
-        self.vocab_size: int = self.model.config.get_text_config().vocab_size
+        self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self._eos = eos_token_ids(self.model)
         trained = context_length(self.model)
         if config.max_model_len is not None and config.max_model_len > trained:
             raise InvalidArgument("max_model_len", config.max_model_len, f"at most {trained}, the model's context")
+        sampler = self.plugins.hook.paged_sampler(config=config)
+        processors = [made for made in self.plugins.hook.paged_logits_processor(config=config) if made is not None]
         self._paged_model = PagedModel(self.model, backend)
         try:
             self.tables = self._make_cache(min(config.max_model_len or trained, trained))
         except BaseException:
             self._paged_model.close()
             raise
-        processors = self.plugins.hook.paged_logits_processor(config=config)
         self._runner = ModelRunner(
             self._paged_model,
             self.tables,
             max_model_len=self.max_model_len,
-            sampler=self.plugins.hook.paged_sampler(config=config),
-            logits_processors=[processor for processor in processors if processor is not None],
+            sampler=sampler,
+            logits_processors=processors,
         )
         self._scheduler = Scheduler(policy, self.tables, max_num_batched_tokens=config.max_num_batched_tokens)
         self._live: dict[str, _Live] = {}
         self._pending: list[RequestOutput] = []
+        """Outputs for the next step to return."""
+        self._collected: dict[str, deque[RequestOutput]] = {}
+        """Outputs of the requests of `generate` and `stream`, which no other caller of `step` gets."""
         self._arrivals, self._names = itertools.count(), itertools.count()
         self._steps = self._computed_tokens = self._output_tokens = self._preemptions = 0
         self.error: Exception | None = None
@@ -115,9 +126,7 @@ class Engine:
             [layer.spec for layer in paged.layers],
             paged.dtype,
             paged.device,
-            measure_step=lambda: peak_step_bytes(
-                paged, config.max_num_batched_tokens, config.max_num_seqs, config.block_size
-            ),
+            measure_step=lambda: peak_step_bytes(paged, config, max_model_len),
         )
         num_blocks = min(num_blocks, config.max_num_seqs * -(-max_model_len // config.block_size))
         room = num_blocks * config.block_size
@@ -126,6 +135,10 @@ class Engine:
                 "max_model_len",
                 config.max_model_len,
                 f"the KV cache holds {room} tokens; raise kv_cache_bytes or num_blocks",
+            )
+        if room < 2:
+            raise InvalidArgument(
+                "num_blocks", num_blocks, f"of {config.block_size} tokens; a request needs room for 2"
             )
         if max_model_len > room:
             logger.warning("max_model_len is %d, limited by the KV cache; the model can do %d", room, max_model_len)
@@ -153,14 +166,14 @@ class Engine:
             )
         if params.stop and self.tokenizer is None:
             raise InvalidArgument("stop", params.stop, "stop strings need a tokenizer, and this engine has none")
-        stops = {token for token in params.stop_token_ids if token < self.vocab_size}  # others can never come
+        stops = set(params.stop_token_ids) if params.ignore_eos else self._eos.union(params.stop_token_ids)
         request = Request(
             request_id=request_id or f"request-{next(self._names)}",
             token_ids=token_ids,
             num_prompt_tokens=len(token_ids),
             params=params,
             max_total_tokens=len(token_ids) + min(params.max_tokens, room),
-            stop_token_ids=frozenset(stops if params.ignore_eos else stops | self._eos),
+            stop_token_ids=frozenset(token for token in stops if 0 <= token < self.vocab_size),  # others never come
             seed=secrets.randbits(63) if params.seed is None else params.seed,
         )
         self.plugins.hook.paged_request_filter(request=request)
@@ -178,25 +191,25 @@ class Engine:
                 ) from None
             token_ids: list[int] = self.tokenizer(prompt).input_ids
         else:
-            token_ids = list(prompt)
-            for at, token in enumerate(token_ids):
-                if not isinstance(token, int) or not 0 <= token < self.vocab_size:
-                    raise InvalidArgument(f"prompt[{at}]", token, f"must be a token id in 0..{self.vocab_size - 1}")
+            try:
+                token_ids = [operator.index(token) for token in prompt]
+            except TypeError as error:
+                raise InvalidArgument("prompt", prompt, f"must be text or a sequence of token ids: {error}") from None
         if not token_ids:
             raise InvalidArgument("prompt", prompt, "must have at least one token")
+        # Of text too: tokenizers may have added tokens that the model has no embedding for.
+        at = next((at for at, token in enumerate(token_ids) if not 0 <= token < self.vocab_size), None)
+        if at is not None:
+            raise InvalidArgument(f"prompt[{at}]", token_ids[at], f"must be a token id in 0..{self.vocab_size - 1}")
         return token_ids
 
     def enqueue(self, request: Request) -> None:
-        """Accept a request made by `make_request`: from here on it ends exactly once.
+        """Accept a request made by `make_request`, however many wait: from here on it ends exactly once.
 
-        Raises `Overloaded` when `max_waiting` requests wait, `EngineDead`, or `InvalidArgument` for an id in use.
+        Raises `EngineDead`, or `InvalidArgument` for an id in use.
         """
         if self.error is not None:
             raise EngineDead(f"the engine has stopped: {self.error}") from self.error
-        if len(self._scheduler.waiting) >= self.config.max_waiting:
-            raise Overloaded(
-                f"{len(self._scheduler.waiting)} requests wait already; max_waiting is {self.config.max_waiting}"
-            )
         if request.request_id in self._live:
             raise InvalidArgument("request_id", request.request_id, "is in use by a request that has not ended")
         request.arrival_index = next(self._arrivals)
@@ -208,8 +221,15 @@ class Engine:
     def add_request(
         self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
     ) -> str:
-        """Accept a request and return its id. Raises as `make_request` and `enqueue` do."""
+        """Accept a request and return its id.
+
+        Raises as `make_request` and `enqueue` do, and `Overloaded` when `max_waiting` requests wait.
+        """
         request = self.make_request(prompt, params, request_id)
+        if len(self._scheduler.waiting) >= self.config.max_waiting:
+            raise Overloaded(
+                f"{len(self._scheduler.waiting)} requests wait already; max_waiting is {self.config.max_waiting}"
+            )
         self.enqueue(request)
         return request.request_id
 
@@ -218,7 +238,8 @@ class Engine:
         live = self._live.get(request_id)
         if live is None:
             return False
-        self._pending.append(self._end(live, "abort"))
+        text = live.text.add([], last=True)[0] if live.text is not None else ""  # what was held back
+        self._pending.append(self._end(live, "abort", text=text))
         return True
 
     def _end(
@@ -242,27 +263,34 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._live or self._pending)
+        return bool(self._pending or (self._live and self.error is None))
 
     def step(self) -> list[RequestOutput]:
         """Run one step and return what it brought, at most one output a request.
 
         Never raises: an error on the device, or in the engine itself, ends every request with it, and the engine.
         """
+        self._advance()
         outputs, self._pending = self._pending, []
-        if not self._scheduler.has_work:
-            return outputs
+        return outputs
+
+    def _advance(self) -> None:
+        """One step; its outputs go to whom they belong."""
+        outputs, self._pending = self._pending, []
         try:
-            self._step(outputs)
+            if self._scheduler.has_work and self.error is None:
+                self._step(outputs)
         except Exception as error:
             logger.exception("the engine met an error it cannot survive")
             self.error = error
-            outputs += [self._end(live, "error", error) for live in list(self._live.values())]
+            outputs += self._end_all(error)
         except BaseException:  # Ctrl-C on the thread that steps: undo the step, for the sake of other callers
-            self._pending = outputs
             self._scheduler.preempt_all()
             raise
-        return outputs
+        finally:
+            for output in outputs:
+                collected = self._collected.get(output.request_id)
+                (self._pending if collected is None else collected).append(output)
 
     def _step(self, outputs: list[RequestOutput]) -> None:
         began = time.perf_counter()
@@ -277,6 +305,20 @@ class Engine:
         self._output_tokens += len(tokens)
         self._on_step(stats=StepStats(len(plan.requests), plan.num_tokens, len(tokens), time.perf_counter() - began))
 
+    def _end_all(self, error: Exception) -> list[RequestOutput]:
+        """End every request with `error`, even if the scheduler is what failed."""
+        outputs = []
+        for live in list(self._live.values()):
+            try:
+                outputs.append(self._end(live, "error", error))
+            except Exception:
+                logger.exception("request %s could not be ended in order", live.request.request_id)
+                self._live.pop(live.request.request_id, None)
+                if not live.request.ended:
+                    live.request.end("error", error)
+                outputs.append(output_of(live.request, [], ""))
+        return outputs
+
     def _observe_plan(self, plan: StepPlan) -> None:
         now = time.monotonic()
         for request in plan.preempted:
@@ -289,6 +331,8 @@ class Engine:
     def _commit(self, request: Request, token: int) -> RequestOutput:
         """Give a request its next token, and end it if that was the last."""
         live = self._live[request.request_id]
+        if token < 0:
+            return self._end(live, "error", FloatingPointError("the model's logits for this request are not finite"))
         request.token_ids.append(token)
         if request.first_token_time is None:
             request.first_token_time = time.monotonic()
@@ -322,28 +366,36 @@ class Engine:
         requests = [
             self.make_request(prompt, one) for prompt, one in zip(prompts, spread(params, len(prompts)), strict=True)
         ]
-        parts: dict[str, list[RequestOutput]] = {request.request_id: [] for request in requests}
-        todo = iter(requests)
-        while True:
-            room = self.config.max_waiting - len(self._scheduler.waiting)
-            for request in itertools.islice(todo, room):
-                self.enqueue(request)
-            if not self.has_work:
-                return [join(parts[request.request_id]) for request in requests]
-            for output in self.step():
-                if output.request_id in parts:
-                    parts[output.request_id].append(output)
+        todo = deque(requests)
+        with self._collecting(requests):
+            while todo or any(request.request_id in self._live for request in requests):
+                while todo and len(self._scheduler.waiting) < self.config.max_waiting:
+                    self.enqueue(todo.popleft())
+                self._advance()
+            return [join(self._collected[request.request_id]) for request in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Outputs of one prompt as they come. Leaving the iterator early aborts the request."""
-        request_id = self.add_request(prompt, params)
+        request = self.make_request(prompt, params)
+        with self._collecting([request]):
+            self.enqueue(request)
+            outputs = self._collected[request.request_id]
+            while outputs or request.request_id in self._live:
+                while not outputs:
+                    self._advance()
+                yield outputs.popleft()
+
+    @contextlib.contextmanager
+    def _collecting(self, requests: Sequence[Request]) -> Iterator[None]:
+        """Keep the outputs of these requests for the caller, and abort what is left of them in the end."""
+        self._collected |= {request.request_id: deque() for request in requests}
         try:
-            while self.has_work:
-                for output in self.step():
-                    if output.request_id == request_id:
-                        yield output
+            yield
         finally:
-            self.abort(request_id)
+            for request in requests:
+                if (live := self._live.get(request.request_id)) is not None and live.request is request:
+                    self._end(live, "abort")
+                del self._collected[request.request_id]
 
     def stats(self) -> EngineStats:
         """Numbers of now; safe to call from another thread."""
@@ -379,18 +431,10 @@ def spread(params: SamplingParams | Sequence[SamplingParams] | None, count: int)
 
 def join(parts: Sequence[RequestOutput]) -> RequestOutput:
     """One output of all a request's outputs."""
-    last = parts[-1]
-    return RequestOutput(
-        request_id=last.request_id,
+    return dataclasses.replace(
+        parts[-1],
         text="".join(part.text for part in parts),
         token_ids=[token for part in parts for token in part.token_ids],
-        num_prompt_tokens=last.num_prompt_tokens,
-        num_output_tokens=last.num_output_tokens,
-        finish_reason=last.finish_reason,
-        error=last.error,
-        arrival_time=last.arrival_time,
-        first_token_time=last.first_token_time,
-        end_time=last.end_time,
     )
 
 

@@ -44,6 +44,9 @@ class CheckedModel(BaseModel):
             super().__init__(**data)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
+            cause = first.get("ctx", {}).get("error")
+            if isinstance(cause, InvalidArgument):  # raised by a validator over several fields
+                raise cause from None
             field = ".".join(map(str, first["loc"])) or type(self).__name__
             allowed = first["msg"].removeprefix("Value error, ")
             if first["type"] == "extra_forbidden":

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from paged_backend.errors import CheckedModel
+from paged_backend.errors import CheckedModel, InvalidArgument
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -27,9 +27,11 @@ class SamplingParams(CheckedModel):
     """Most tokens to generate; the model's context limits it further."""
     min_tokens: int = Field(0, ge=0)
     """No end-of-sequence, stop token or stop string before this many tokens."""
-    temperature: float = Field(1.0, ge=0)
-    """0 is greedy."""
-    top_k: int = Field(0, ge=-1)
+    temperature: Annotated[float, AfterValidator(lambda value: 0.0 if value < 1e-5 else value)] = Field(
+        1.0, ge=0, le=1e4
+    )
+    """0 is greedy; so is anything below 1e-5, where float32 would overflow."""
+    top_k: int = Field(0, ge=-1, lt=2**31)
     """Keep the k most likely tokens; 0 or -1 keeps all."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Keep the smallest set of most likely tokens whose probabilities sum to at least this."""
@@ -47,7 +49,7 @@ class SamplingParams(CheckedModel):
     @model_validator(mode="after")
     def _consistent(self) -> SamplingParams:
         if self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}")
+            raise InvalidArgument("min_tokens", self.min_tokens, f"must be at most max_tokens={self.max_tokens}")
         return self
 
 

@@ -29,6 +29,8 @@ class SharedEngine:
         self._callbacks: dict[str, OutputCallback] = {}
         self._arrived: list[Request] = []
         self._aborted: list[str] = []
+        self._outputs: deque[RequestOutput] = deque()
+        """Not delivered yet."""
         self._stepping = self._closing = self._closed = False
         self._state = threading.Condition()  # guards all of the above; not held during a step
 
@@ -71,7 +73,10 @@ class SharedEngine:
             self._state.notify_all()
 
     def run_until(self, done: Callable[[], bool]) -> None:
-        """Return when `done` holds; it is asked again after every step. Steps the engine if no other thread does."""
+        """Return when `done` holds; it is asked again after every step. Steps the engine if no other thread does.
+
+        Raises `EngineDead` when the engine was closed and `done` can never hold.
+        """
         with self._state:
             while not done():
                 if self._stepping:
@@ -80,6 +85,8 @@ class SharedEngine:
                 self._stepping = True
                 try:
                     while not done():
+                        if self._closed:
+                            raise EngineDead("the engine was closed")
                         self._turn()
                 finally:
                     self._stepping = False
@@ -98,6 +105,7 @@ class SharedEngine:
         except BaseException:
             for request_id in parts:
                 self.abort(request_id)
+            self.run_until(lambda: self._callbacks.keys().isdisjoint(parts))
             raise
         return [join(collected) for collected in parts.values()]
 
@@ -114,6 +122,9 @@ class SharedEngine:
                 yield output
         finally:
             self.abort(request_id)
+            # Not when a step of this very thread collected an abandoned iterator; the step will see the abort.
+            if not self._stepping:
+                self.run_until(lambda: request_id not in self._callbacks)
 
     def stats(self) -> EngineStats:
         """Numbers of the engine now."""
@@ -138,10 +149,26 @@ class SharedEngine:
         """One step, or a wait for something to do. Called with the state held, and holds it again after."""
         while not (self._arrived or self._aborted or self._closing or self.engine.has_work):
             self._state.wait()
+        try:
+            self._step()
+        except Exception as error:  # a bug of the engine's own: nobody may wait for ever
+            logger.exception("the engine failed in an unforeseen way")
+            self.engine.error = error
+            failed = [RequestOutput(request_id, "", [], 0, 0, "error", error) for request_id in self._callbacks]
+            self._outputs.extend(failed)
+        while self._outputs:
+            self._deliver(self._outputs.popleft())
+        self._state.notify_all()
+
+    def _step(self) -> None:
         arrived, self._arrived = self._arrived, []
         aborted, self._aborted = self._aborted, []
         for request in arrived:
-            self._accept(request)
+            try:
+                self.engine.enqueue(request)
+            except EngineDead as error:  # it died since `submit`
+                request.end("error", error)
+                self._outputs.append(output_of(request, [], ""))
         for request_id in aborted:
             self.engine.abort(request_id)
         if self._closing:
@@ -149,24 +176,18 @@ class SharedEngine:
             self._closed = True
         self._state.release()
         try:
-            outputs = self.engine.step()
+            self._outputs.extend(self.engine.step())
         finally:
             self._state.acquire()
-        self._deliver(outputs)
-        self._state.notify_all()
 
-    def _accept(self, request: Request) -> None:
+    def _deliver(self, output: RequestOutput) -> None:
+        callback = self._callbacks.get(output.request_id)
+        if callback is None:
+            return  # failed above, in the middle of a step that had ended it already
+        if output.finished:
+            del self._callbacks[output.request_id]
         try:
-            self.engine.enqueue(request)
-        except Exception as error:  # the engine died since `submit`
-            request.end("error", error)
-            self._deliver([output_of(request, [], "")])
-
-    def _deliver(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
-            callback = self._callbacks.pop(output.request_id) if output.finished else self._callbacks[output.request_id]
-            try:
-                callback(output)
-            except Exception:
-                logger.exception("the output callback of request %s failed; it is aborted", output.request_id)
-                self.engine.abort(output.request_id)
+            callback(output)
+        except Exception:
+            logger.exception("the output callback of request %s failed; it is aborted", output.request_id)
+            self.engine.abort(output.request_id)

@@ -21,6 +21,7 @@ from paged_backend import (
     Overloaded,
     RequestOutput,
     SamplingParams,
+    UnsupportedModel,
 )
 from paged_backend.plugins import hookimpl
 from paged_backend.request import Request
@@ -154,7 +155,8 @@ def test_context_bounds_the_output(make: MakeEngine) -> None:
         ("x" * 16, "has 16 tokens; at most 15 are allowed"),
         ([1, 2, 259], "prompt[2]=259: must be a token id in 0..258"),
         ([1, -1], "prompt[1]=-1: must be a token id in 0..258"),
-        ([1, "a"], "prompt[1]='a': must be a token id"),
+        ([1, "a"], "prompt=[1, 'a']: must be text or a sequence of token ids"),
+        (None, "prompt=None: must be text or a sequence of token ids"),
         ("bad \ud800 text", "must be valid Unicode"),
     ],
 )
@@ -263,6 +265,115 @@ def test_an_error_on_the_device_ends_every_request_with_its_cause(make: MakeEngi
     with pytest.raises(EngineDead, match="device lost"):
         engine.add_request("d")
     idle(engine)
+
+
+def test_interleaved_streams_and_steps_keep_their_outputs_apart(make: MakeEngine) -> None:
+    engine = make()
+    want = engine.generate(["one", "two", "three"], greedy(max_tokens=6))
+    mine = engine.add_request("three", greedy(max_tokens=6))
+    streams = [engine.stream(prompt, greedy(max_tokens=6)) for prompt in ("one", "two")]
+    got: list[list[int]] = [[], []]
+    for _ in range(6):
+        for tokens, stream in zip(got, streams, strict=True):
+            tokens += next(stream).token_ids
+    assert got == [want[0].token_ids, want[1].token_ids]
+    assert engine.generate(["one"], greedy(max_tokens=6))[0].token_ids == want[0].token_ids
+    outputs = [output for output in engine.step() if output.request_id == mine]
+    assert [token for output in outputs for token in output.token_ids] == want[2].token_ids
+    assert outputs[-1].finished
+
+
+def test_generate_feeds_a_short_queue_while_requests_are_preempted(make: MakeEngine) -> None:
+    engine = make(num_blocks=8, max_num_seqs=4, max_waiting=1, max_model_len=80)
+    outputs = engine.generate([f"prompt {i}" for i in range(9)], greedy(max_tokens=40))
+    assert [output.num_output_tokens for output in outputs] == [40] * 9
+    assert engine.stats().preemptions > 0
+    idle(engine)
+
+
+def test_an_id_used_again_after_an_abort_is_the_new_request(make: MakeEngine) -> None:
+    engine = make(max_num_seqs=1)
+    engine.add_request("first", greedy(max_tokens=3))
+    engine.add_request("old prompt", greedy(max_tokens=3), request_id="mine")
+    engine.abort("mine")
+    engine.add_request("new", greedy(max_tokens=3), request_id="mine")
+    outputs = []
+    while engine.has_work:
+        outputs += [output for output in engine.step() if output.request_id == "mine"]
+    assert [output.finish_reason for output in outputs] == ["abort", None, None, "length"]
+    assert outputs[-1].num_prompt_tokens == 3
+    idle(engine)
+
+
+def test_extreme_sampling_parameters_hurt_nobody(make: MakeEngine) -> None:
+    engine = make()
+    extremes = [
+        {"temperature": 1e-39},
+        {"temperature": 1e4, "min_tokens": 2, "stop_token_ids": [5]},
+        {"top_p": 1e-46},
+        {"top_k": 2**31 - 1},
+        {"min_p": 1.0},
+        {"stop_token_ids": [10**9], "min_tokens": 3},
+    ]
+    params = [SamplingParams(**{"max_tokens": 4, "ignore_eos": True} | fields) for fields in extremes]
+    outputs = engine.generate(["hello"] * len(params), params)
+    assert [output.finish_reason for output in outputs] == ["length"] * len(params)
+    (best,) = engine.generate(["hello"], greedy(max_tokens=4))
+    assert [outputs[i].token_ids == best.token_ids for i in (0, 2, 4)] == [True] * 3
+
+
+class NotANumber:
+    """A plugin that spoils the logits, and the cache, of requests whose prompt has one token, as an overflow would."""
+
+    engine: Engine
+
+    @hookimpl
+    def paged_logits_processor(self, config: EngineConfig) -> Any:
+        def process(logits: torch.Tensor, requests: list[Request]) -> None:
+            for row, request in enumerate(requests):
+                if request.num_prompt_tokens == 1:
+                    logits[row] = float("nan")
+                    for cache in self.engine._paged_model.caches:
+                        cache.value[self.engine.tables.blocks(request.slot)] = float("nan")
+
+        return process
+
+
+def test_logits_that_are_not_numbers_end_their_request_alone(make: MakeEngine) -> None:
+    want = make().generate(["hello", "other"], greedy(max_tokens=8))
+    plugin = NotANumber()
+    engine = plugin.engine = make(plugins=[plugin])
+    good, bad, other = engine.generate(["hello", "x", "other"], greedy(max_tokens=8))
+    assert (bad.finish_reason, type(bad.error)) == ("error", FloatingPointError)
+    assert [good.token_ids, other.token_ids] == [output.token_ids for output in want]
+    again = engine.generate(["other", "hello"], greedy(max_tokens=8))
+    assert [output.token_ids for output in again] == [want[1].token_ids, want[0].token_ids]
+    idle(engine)
+
+
+def test_text_with_tokens_the_model_has_no_embedding_for_is_refused(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = Engine(EngineConfig(num_blocks=16), model=build("llama", vocab_size=80), tokenizer=byte_tokenizer)
+    with pytest.raises(InvalidArgument, match=r"prompt\[2\]=92: must be a token id in 0..79"):
+        engine.generate(["abz"])
+    engine.close()
+
+
+def test_a_model_serves_one_engine_at_a_time_and_only_through_its_attention() -> None:
+    model = build("llama")
+    engine = Engine(EngineConfig(num_blocks=16), model=model)
+    with pytest.raises(UnsupportedModel, match="in use by another engine"):
+        Engine(EngineConfig(num_blocks=16), model=model)
+    model.set_attn_implementation("eager")
+    (output,) = engine.generate([[5, 6, 7]], greedy())
+    assert "attention implementation of the model was changed" in str(output.error)
+
+
+def test_a_model_that_computes_nan_is_refused() -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(UnsupportedModel, match="relative difference nan"):
+        Engine(EngineConfig(num_blocks=16), model=model)
 
 
 class Interrupts:

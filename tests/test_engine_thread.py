@@ -23,6 +23,7 @@ from paged_backend import (
     Overloaded,
     RequestOutput,
     SamplingParams,
+    SharedEngine,
 )
 from paged_backend.plugins import hookimpl
 from paged_backend.stats import StepStats
@@ -152,6 +153,38 @@ def test_a_failing_callback_aborts_its_request_alone(thread: EngineThread) -> No
     thread.submit("hello", greedy(max_tokens=400), on_output=on_output)
     assert thread.generate(["fine"], greedy(max_tokens=5))[0].num_output_tokens == 5
     wait_idle(thread)
+
+
+def test_callers_step_a_shared_engine_and_leave_nothing_behind(tiny_llama_dir: Path) -> None:
+    config = EngineConfig(model=str(tiny_llama_dir), **CONFIG | {"max_waiting": 3})
+    with SharedEngine(Engine(config)) as shared:
+        want = shared.generate(["a", "b"], greedy(max_tokens=20))
+        with ThreadPoolExecutor(2) as pool:
+            got = list(pool.map(lambda prompt: shared.generate([prompt], greedy(max_tokens=20))[0], ["a", "b"]))
+        assert [output.token_ids for output in got] == [output.token_ids for output in want]
+        stream = shared.stream("a", greedy(max_tokens=400))
+        next(stream)
+        stream.close()
+        assert (shared.stats().num_running, shared.stats().blocks_used) == (0, 0)
+        with pytest.raises(Overloaded):
+            shared.generate(["a"] * 5, greedy(max_tokens=400))
+        assert (shared.stats().num_waiting, shared.stats().blocks_used) == (0, 0)
+    with pytest.raises(EngineDead):
+        shared.run_until(lambda: False)
+
+
+def test_a_failure_outside_the_step_leaves_nobody_waiting(
+    thread: EngineThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> list[RequestOutput]:
+        raise AssertionError("unforeseen")
+
+    monkeypatch.setattr(thread.engine, "step", broken)
+    (output,) = thread.generate(["hello"], greedy())
+    assert str(output.error) == "unforeseen"
+    with pytest.raises(EngineDead, match="unforeseen"):
+        thread.generate(["hello"])
+    monkeypatch.undo()
 
 
 class Dies:

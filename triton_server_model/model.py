@@ -58,6 +58,12 @@ class TritonPythonModel:
                     generation.params,
                     on_output=functools.partial(self._sender.put, reply),
                 )
+            except InvalidArgument as error:
+                # The engine's prompt is this input.
+                field = (
+                    error.field.replace("prompt", "text_input", 1) if error.field.startswith("prompt") else error.field
+                )
+                reply.fail(InvalidArgument(field, error.value, error.allowed))
             except Exception as error:
                 reply.fail(error)
             else:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+_GATHER_BYTES = 1 << 28  # of K and V gathered at once
+
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
@@ -117,7 +119,11 @@ class ReferenceAttention:
         out = query.new_empty(query.shape[0], spec.num_heads, spec.value_dim)
         singles = batch.num_single
         if singles:
-            out[:singles] = self._singles(spec, cache, query[:singles], sinks, batch)
+            longest = (max(batch.starts[:singles]) + 1) * spec.num_kv_heads * (spec.key_dim + spec.value_dim)
+            together = max(1, _GATHER_BYTES // (longest * cache.key.element_size()))
+            for first in range(0, singles, together):
+                rows = slice(first, min(first + together, singles))
+                out[rows] = self._singles(spec, cache, rows, query[rows], sinks, batch)
         at = singles
         for row in range(singles, len(batch.counts)):
             end = at + batch.counts[row]
@@ -126,32 +132,36 @@ class ReferenceAttention:
         return out
 
     def _singles(
-        self, spec: LayerSpec, cache: LayerCache, query: Tensor, sinks: Tensor | None, batch: AttentionBatch
+        self,
+        spec: LayerSpec,
+        cache: LayerCache,
+        rows: slice,
+        query: Tensor,
+        sinks: Tensor | None,
+        batch: AttentionBatch,
     ) -> Tensor:
         """Rows of one token, together: every row padded to the longest."""
-        rows, block_size = batch.num_single, cache.key.shape[1]
-        longest = max(batch.starts[:rows]) + 1
-        width = -(-longest // block_size)
-        blocks = batch.derive(
-            "singles", lambda: batch.block_tables[:rows, :width].reshape(-1).long()
-        )  # int32 gathers slowly
+        starts, count, block_size = batch.starts[rows], query.shape[0], cache.key.shape[1]
+        width = -(-(max(starts) + 1) // block_size)
+        # int64, because int32 indices gather several times slower on a CPU.
+        blocks = batch.derive(rows.start, lambda: batch.block_tables[rows, :width].reshape(-1).long())
         key, value = (
             stored.view(stored.shape[0], -1)
             .index_select(0, blocks)
-            .view(rows, width * block_size, *stored.shape[2:])
+            .view(count, width * block_size, *stored.shape[2:])
             .transpose(1, 2)
             for stored in cache
         )
 
         def make_mask() -> Tensor:
-            query_at = torch.tensor(batch.starts[:rows], device=query.device).view(-1, 1)
-            return _visible(spec, query_at, torch.arange(width * block_size, device=query.device)).view(rows, 1, 1, -1)
+            query_at = torch.tensor(starts, device=query.device).view(-1, 1)
+            return _visible(spec, query_at, torch.arange(width * block_size, device=query.device)).view(count, 1, 1, -1)
 
-        mask = batch.derive(("singles", spec.window, spec.chunk), make_mask)
+        mask = batch.derive((rows.start, spec.window, spec.chunk), make_mask)
         # Query heads of one KV head become query positions of it: no K/V is repeated.
-        grouped = query.view(rows, spec.num_kv_heads, -1, spec.key_dim)
+        grouped = query.view(count, spec.num_kv_heads, -1, spec.key_dim)
         sinks = None if sinks is None else sinks.view(1, spec.num_kv_heads, -1, 1)
-        return _attend(spec, grouped, key, value, mask, sinks).reshape(rows, spec.num_heads, spec.value_dim)
+        return _attend(spec, grouped, key, value, mask, sinks).reshape(count, spec.num_heads, spec.value_dim)
 
     def _chunk(
         self,

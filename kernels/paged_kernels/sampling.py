@@ -54,7 +54,8 @@ def _draw(probabilities: Tensor, batch: SamplingBatch, rows: npt.NDArray[np.int6
     """Inverse-CDF draw over the columns as they stand; a column of probability 0 is never drawn."""
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     uniform = torch.from_numpy(batch.uniform[rows]).to(probabilities.device).unsqueeze(1)
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
+    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
+    return drawn.clamp(max=cumulative.shape[1] - 1)
 
 
 def _draw_filtered(
@@ -71,6 +72,7 @@ def _draw_filtered(
     mass = torch.where(top_k <= head, cumulative.gather(1, (top_k - 1).clamp(max=head - 1)), 1.0)
     target = torch.where(top_p < 1, top_p.double() * mass, float("inf"))
     keep = (rank < top_k) & (cumulative - likely < target) & (likely >= min_p * likely[:, :1])
+    keep[:, 0] = True  # however small top_p is
     tokens = ids.gather(1, _draw(likely * keep, batch, rows).unsqueeze(1)).squeeze(1)
     if head < vocab:
         reaches_further = keep[:, -1].nonzero().squeeze(1)

@@ -1,1 +1,1 @@
-"""Who owns which block. Pure Python and numpy, but for `capacity`, which measures the device."""
+"""Who owns which block. Pure Python and numpy: imports no torch."""

@@ -31,6 +31,10 @@ class BlockTables:
         """Slots no request runs in."""
         return len(self._free_slots)
 
+    def blocks(self, slot: int) -> list[int]:
+        """The blocks the slot owns, in order of position."""
+        return list(self._owned[slot])
+
     def num_owned(self, slot: int) -> int:
         """Blocks the slot owns."""
         return len(self._owned[slot])

@@ -100,13 +100,19 @@ class ForwardContext:
         """No mask: the block tables and the layer's spec say what is visible."""
         return None
 
+    def check(self) -> None:
+        """Raise unless every attention call came here: else the rows have seen each other."""
+        if self._calls != len(self.layers):
+            raise UnsupportedModel("the attention implementation of the model was changed while an engine serves it")
+
 
 def attach(model: PreTrainedModel) -> None:
     """Make the model's attention call us. Raises `UnsupportedModel` when its code does not go through the interface."""
     original = model.config._attn_implementation
-    if not original.startswith(_PREFIX):
-        _register(original)
-        set_implementation(model, _PREFIX + original)
+    if original.startswith(_PREFIX):
+        raise UnsupportedModel(f"this {type(model).__name__} is in use by another engine; close that one first")
+    _register(original)
+    set_implementation(model, _PREFIX + original)
 
 
 def detach(model: PreTrainedModel) -> None:

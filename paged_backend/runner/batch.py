@@ -50,7 +50,7 @@ class BatchState:
         ends = np.cumsum(counts)
         row = np.repeat(np.arange(len(slots)), counts)
         positions = np.arange(ends[-1]) - (ends - counts - starts)[row]
-        block_tables = tables[slots]
+        block_tables = tables[slots, : -(-int((starts + counts).max()) // block_size)]
         return FlatBatch(
             input_ids=self.tokens[slots[row], positions].astype(np.int64),
             positions=positions,

@@ -24,7 +24,8 @@ _FAR = 1 << 20
 
 
 class _Probe:
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
         self.layers: list[Layer] = []
         self.spans: list[dict[str, int]] = []
 
@@ -45,6 +46,11 @@ class _Probe:
         name = type(module).__name__
         if options.get("position_bias") is not None:
             raise UnsupportedModel(f"{name} adds a position bias to its attention scores")
+        if (key.device, key.dtype) != (self.device, self.dtype):
+            raise UnsupportedModel(
+                f"{name} computes in {key.dtype} on {key.device}, but the model is {self.dtype} on {self.device}; "
+                "layers on several devices or of several types are not supported"
+            )
         if key.shape[2] != query.shape[2]:
             raise UnsupportedModel(f"{name} attends to {key.shape[2]} keys for {query.shape[2]} new tokens")
         if mask is not None and mask.numel() != 1:
@@ -72,10 +78,17 @@ class _Probe:
 
 def probe(model: PreTrainedModel) -> list[Layer]:
     """The attention calls of one forward, in order. Raises `UnsupportedModel`."""
-    attend = _Probe()
-    with handling(attend), torch.inference_mode():
-        positions = torch.arange(3, device=model.device).unsqueeze(0)
-        model(input_ids=positions + 1, position_ids=positions, use_cache=False)
+    if model.training:
+        raise UnsupportedModel(f"{type(model).__name__} is in training mode; call model.eval() first")
+    attend = _Probe(model.device, model.dtype)
+    positions = torch.arange(3, device=model.device).unsqueeze(0)
+    try:
+        with handling(attend), torch.inference_mode():
+            model(input_ids=positions + 1, position_ids=positions, use_cache=False)
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        raise UnsupportedModel(f"{type(model).__name__} cannot run a flat batch of tokens: {error!r}") from error
     if not attend.layers:
         raise UnsupportedModel(f"{type(model).__name__} never called the attention interface")
     return attend.layers

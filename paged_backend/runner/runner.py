@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,11 @@ class PagedModel:
             self.backend.allocate(layer.spec, num_blocks, block_size, self.dtype, self.device) for layer in self.layers
         ]
 
+    def clear(self, blocks: list[int]) -> None:
+        """Make blocks all zero again."""
+        for stored in itertools.chain.from_iterable(self.caches):
+            stored[blocks] = 0
+
     def close(self) -> None:
         """Give the model its own attention back and drop the cache."""
         self.caches = []
@@ -63,7 +69,8 @@ class PagedModel:
         )
         at = self._on_device(flat.logits_at)
         keep = {"logits_to_keep": at} if self._keeps_logits else {}
-        with handling(ForwardContext(self.backend, self.layers, self.caches, batch)), torch.inference_mode():
+        context = ForwardContext(self.backend, self.layers, self.caches, batch)
+        with handling(context), torch.inference_mode():
             logits: Tensor = self.model(
                 input_ids=self._on_device(flat.input_ids).unsqueeze(0),
                 position_ids=self._on_device(flat.positions).unsqueeze(0),
@@ -71,6 +78,7 @@ class PagedModel:
                 use_cache=False,
                 **keep,
             ).logits[0]
+            context.check()
             return (logits if keep else logits[at]).float()
 
     def _on_device(self, array: npt.NDArray[np.generic]) -> Tensor:
@@ -96,7 +104,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> list[int]:
-        """Run the step and return a token for each row that samples, in the order of the plan."""
+        """Run the step and return a token for each row that samples, in the order of the plan.
+
+        -1 stands for a row whose logits are not finite; its blocks are cleared, lest their NaN outlive it.
+        """
         for request in plan.admitted:
             self.state.load(request)
         flat = self.state.flatten(plan, self.tables.array, self.tables.block_size)
@@ -107,11 +118,16 @@ class ModelRunner:
         for processor in self._logits_processors:
             processor(logits, sampling)
         _forbid_early_stops(logits, sampling)
+        finite = logits.max(-1).values.isfinite().cpu().numpy()
+        if not finite.all():
+            logits[torch.from_numpy(~finite)] = 0.0
         slots = np.array([request.slot for request in sampling])
         positions = np.array([len(request.token_ids) for request in sampling])
         tokens = self._sampler(logits, self.state.sampling(slots, positions)).cpu().numpy()
         self.state.append(slots, positions, tokens)
-        chosen: list[int] = tokens.tolist()
+        for slot in slots[~finite]:
+            self.paged_model.clear(self.tables.blocks(slot))
+        chosen: list[int] = np.where(finite, tokens, -1).tolist()
         return chosen
 
 

@@ -46,10 +46,16 @@ class WaitingQueue:
 
     def peek(self) -> Request | None:
         """The next request to run, left in the queue."""
-        while self._heap and self._heap[0][2].request_id not in self._members:
+        while self._heap and not self._waits(self._heap[0][2]):
             heapq.heappop(self._heap)
         return self._heap[0][2] if self._heap else None
 
     def remove(self, request: Request) -> None:
         """Take the request out, wherever it stands."""
         del self._members[request.request_id]
+        if len(self._heap) > 2 * len(self._members) + 64:
+            self._heap = [entry for entry in self._heap if self._waits(entry[2])]
+            heapq.heapify(self._heap)
+
+    def _waits(self, request: Request) -> bool:
+        return self._members.get(request.request_id) is request

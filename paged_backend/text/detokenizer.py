@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CONTEXT = 6  # tokens of prompt decoded along with the output, so that word-start markers become spaces
+_LONGEST = 8  # tokens of one character at most; more than these and its bytes are broken
 
 
 class Detokenizer:
@@ -29,11 +30,14 @@ class Detokenizer:
         self._window.extend(token_ids)
         before = self._decode(self._window[: self._emitted])
         after = self._decode(self._window)
-        if after.endswith("\ufffd") and not last:
+        held = len(self._window) - self._emitted
+        if after.endswith("\ufffd") and held <= _LONGEST and not last:
             return ""
-        # The window restarts at the tokens just emitted, so that its decoding stays short.
-        self._window = self._window[self._emitted :] or self._window
-        self._emitted = len(self._window)
+        if len(after) > len(before) or held > _LONGEST:
+            # The window restarts at the tokens just emitted, so that its decoding stays short; not at tokens without
+            # text, which would be no context for the next.
+            self._window = self._window[self._emitted :]
+            self._emitted = len(self._window)
         return after[len(before) :]
 
     def _decode(self, token_ids: list[int]) -> str:

@@ -23,6 +23,5 @@ class OutputText:
     def add(self, token_ids: list[int], *, last: bool) -> tuple[str, bool]:
         """Text that may go out, and whether a stop string ended the output. `last` flushes what is held back."""
         text = self._detokenizer.add(token_ids, last=last)
-        if self._request.num_output_tokens < self._request.params.min_tokens:
-            return text, False
-        return self._stop.add(text, last=last)
+        armed = self._request.num_output_tokens >= self._request.params.min_tokens
+        return self._stop.add(text, last=last, armed=armed)

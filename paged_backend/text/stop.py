@@ -12,15 +12,16 @@ class StopStrings:
         self._strings = strings
         self._held = ""
 
-    def add(self, text: str, *, last: bool = False) -> tuple[str, bool]:
+    def add(self, text: str, *, last: bool = False, armed: bool = True) -> tuple[str, bool]:
         """The text that may go out, and whether a stop string was met; the output ends before it.
 
-        Text that could be the start of a stop string is held back until it is decided, or until `last`.
+        Text that could be the start of a stop string is held back until it is decided, or until `last`. Until
+        `armed`, stop strings that are complete are let through.
         """
         text = self._held + text
         # The one that is complete first, so that the pieces the text comes in make no difference.
         found = [(at + len(string), at) for string in self._strings if (at := text.find(string)) >= 0]
-        if found:
+        if found and armed:
             self._held = ""
             return text[: min(found)[1]], True
         hold = 0 if last else max((self._overlap(text, string) for string in self._strings), default=0)

@@ -81,6 +81,26 @@ def test_stop_strings_in_pieces_equal_stop_strings_at_once(text: str, stops: lis
     assert out == (text[: min(found)[1]] if found else text)
 
 
+def test_special_tokens_between_words_keep_the_space(smollm2: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    detokenizer = Detokenizer(tokenizer, [])
+    world, end = tokenizer(" world").input_ids[0], tokenizer.eos_token_id
+    assert "".join(detokenizer.add([token]) for token in [world, *[end] * 20, world]) == " world world"
+
+
+def test_broken_bytes_come_out_after_a_while(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    broken = byte_tokenizer("🙂").input_ids[0]
+    detokenizer = Detokenizer(byte_tokenizer, [])
+    pieces = [detokenizer.add([broken]) for _ in range(100)]
+    assert len("".join(pieces)) > 80
+
+
+def test_a_stop_string_may_begin_before_it_is_armed() -> None:
+    stream = StopStrings(["END"])
+    assert stream.add("END EN", armed=False) == ("END ", False)
+    assert stream.add("D more") == ("", True)
+
+
 def test_text_is_held_back_only_while_it_could_begin_a_stop_string() -> None:
     stream = StopStrings(["END"])
     assert stream.add("abc E") == ("abc ", False)
