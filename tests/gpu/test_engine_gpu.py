@@ -51,6 +51,16 @@ def test_the_default_cache_leaves_the_rest_of_the_memory_alone() -> None:
     engine.close()
 
 
+def test_the_default_configuration_survives_a_long_prompt_among_many_decodes() -> None:
+    shape = {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}
+    model = build("llama", **shape, max_position_embeddings=32768).to("cuda", torch.bfloat16)
+    engine = Engine(EngineConfig(), model=model)
+    prompts = [*random_prompts(255, 8, 32000), [7] * 30000]
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=24, ignore_eos=True, top_p=0.99999))
+    assert [str(output.error) for output in outputs if output.error] == []
+    engine.close()
+
+
 def test_more_memory_than_the_device_has_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="bytes of free memory on cuda:0"):
         Engine(EngineConfig(kv_cache_bytes="1TiB"), model=build("llama").cuda())
