@@ -363,6 +363,8 @@ class Engine:
         Raises `InvalidArgument` before anything runs if a prompt or its parameters are bad. Prompts beyond
         `max_waiting` are fed as others finish.
         """
+        if isinstance(prompts, str):
+            raise InvalidArgument("prompts", prompts, "must be a list of prompts")
         requests = [
             self.make_request(prompt, one) for prompt, one in zip(prompts, spread(params, len(prompts)), strict=True)
         ]

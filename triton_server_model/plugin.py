@@ -73,7 +73,8 @@ def serve(
         verbose=verbose,
     )
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ctrl-C and SIGTERM both raise KeyboardInterrupt
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal too must not leave the server behind
+        signal.signal(ending, signal.default_int_handler)
     try:
         with ExitStack() as stack:
             with console.status("starting tritonserver"):

@@ -26,11 +26,11 @@ class PluginManager:
         self.pluggy.register(builtin, name="builtin")
         try:
             self.pluggy.load_setuptools_entrypoints("paged_backend")
+            for plugin in plugins:
+                self.pluggy.register(plugin)
+            self.pluggy.check_pending()
         except Exception as error:
-            raise PagedBackendError(f"an installed plugin cannot be loaded: {error!r}") from error
-        for plugin in plugins:
-            self.pluggy.register(plugin)
-        self.pluggy.check_pending()
+            raise PagedBackendError(f"a plugin cannot be loaded: {type(error).__name__}: {error}") from error
 
     @property
     def hook(self) -> Any:
