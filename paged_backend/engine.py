@@ -363,10 +363,8 @@ class Engine:
         Raises `InvalidArgument` before anything runs if a prompt or its parameters are bad. Prompts beyond
         `max_waiting` are fed as others finish.
         """
-        if isinstance(prompts, str):
-            raise InvalidArgument("prompts", prompts, "must be a list of prompts")
         requests = [
-            self.make_request(prompt, one) for prompt, one in zip(prompts, spread(params, len(prompts)), strict=True)
+            self.make_request(prompt, one) for prompt, one in zip(prompts, spread(params, prompts), strict=True)
         ]
         todo = deque(requests)
         with self._collecting(requests):
@@ -422,8 +420,13 @@ class Engine:
         self._paged_model.close()
 
 
-def spread(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
-    """Parameters for each of `count` prompts. Raises `InvalidArgument` for a list of another length."""
+def spread(
+    params: SamplingParams | Sequence[SamplingParams] | None, prompts: Sequence[Prompt]
+) -> Sequence[SamplingParams]:
+    """Parameters for each prompt. Raises `InvalidArgument` for a list of another length, and for a bare string."""
+    if isinstance(prompts, str):
+        raise InvalidArgument("prompts", prompts, "must be a list of prompts")
+    count = len(prompts)
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if len(params) != count:

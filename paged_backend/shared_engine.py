@@ -98,7 +98,7 @@ class SharedEngine:
         """Whole outputs of all prompts, in order. If one is refused, those before it are aborted, and it raises."""
         parts: dict[str, list[RequestOutput]] = {}
         try:
-            for prompt, one in zip(prompts, spread(params, len(prompts)), strict=True):
+            for prompt, one in zip(prompts, spread(params, prompts), strict=True):
                 collected: list[RequestOutput] = []
                 parts[self.submit(prompt, one, on_output=collected.append)] = collected
             self.run_until(lambda: all(collected and collected[-1].finished for collected in parts.values()))

@@ -76,6 +76,8 @@ def test_bad_input_raises_where_it_was_given(thread: EngineThread) -> None:
     with pytest.raises(InvalidArgument, match="prompt=''"):
         thread.generate(["fine", ""], greedy())
     assert thread.generate(["fine"], greedy(max_tokens=2))[0].finish_reason == "length"
+    with pytest.raises(InvalidArgument, match="prompts='a text': must be a list"):
+        thread.generate("a text", greedy())
     wait_idle(thread)
 
 
