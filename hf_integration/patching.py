@@ -7,7 +7,9 @@ own; beam search and assisted decoding have other loops and are untouched.
 
 from __future__ import annotations
 
+import sys
 import threading
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -83,8 +85,14 @@ class _Patch:
             self.reasons[reason.argument] += 1
             first = self.reasons[reason.argument] == 1
         if first:
-            # The caller of generate(), above its no_grad wrapper.
-            warnings.warn(f"{reason}; this call ran on the original generate", stacklevel=5)
+            warnings.warn(f"{reason}; this call ran on the original generate", stacklevel=_stacklevel_of_the_caller())
+
+
+def _stacklevel_of_the_caller() -> int:
+    """For a warning of the function that calls this: the first frame that is not ours, transformers' or torch's."""
+    packages = {__package__, "transformers", "torch"}
+    names = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_stack(sys._getframe(1)))
+    return next((level for level, name in enumerate(names, 1) if name.partition(".")[0] not in packages), 1)
 
 
 class _PagedGenerate:
@@ -162,7 +170,9 @@ def patch(model: PreTrainedModel, *, strict: bool = False, **engine_config: Any)
     go on working. Calls of generate() from several threads are batched together. Greedy search, and sampling with
     temperature, top_k, top_p and min_p, are served; a call that needs more runs on the original generate, with one
     warning for each reason, or raises `NotServed` when `strict`. Greedy tokens are those of transformers. Sampled ones
-    follow the same distribution by other draws; their seeds come from torch's global CPU generator.
+    follow the same distribution by other draws; their seeds come from torch's global CPU generator. Rows of one call
+    that begin alike share what is computed; calls do so with `enable_prefix_caching=True`, and then a change of the
+    weights must be told by `reset_prefix_cache(model)`.
 
     Raises `UnsupportedModel` when the model cannot run over a paged cache, and `InvalidArgument` for a bad field of
     `engine_config` or a model already patched in another way.
@@ -171,7 +181,7 @@ def patch(model: PreTrainedModel, *, strict: bool = False, **engine_config: Any)
         raise InvalidArgument("model", type(model).__name__, "must be a transformers model with generate()")
     if model.training:
         raise InvalidArgument("model.training", True, "must be False; call model.eval() first")
-    config = EngineConfig(**engine_config)
+    config = EngineConfig(**{"enable_prefix_caching": False} | engine_config)
     patched = _patch_of(model)
     if patched is None:
         engine = SharedEngine(Engine(config, model=model))
@@ -195,6 +205,11 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def reset_prefix_cache(model: PreTrainedModel) -> None:
+    """Forget what earlier calls computed, after a change of the weights. Raises `InvalidArgument` if not patched."""
+    _require_patch(model).engine.reset_prefix_cache()
+
+
 @contextmanager
 def paged(model: PreTrainedModel, *, strict: bool = False, **engine_config: Any) -> Iterator[PreTrainedModel]:
     """`patch` on entering, `unpatch` on leaving."""
@@ -207,10 +222,14 @@ def paged(model: PreTrainedModel, *, strict: bool = False, **engine_config: Any)
 
 def stats(model: PreTrainedModel) -> GenerateStats:
     """What became of the calls of generate() since `patch`. Raises `InvalidArgument` if the model is not patched."""
+    return _require_patch(model).stats()
+
+
+def _require_patch(model: PreTrainedModel) -> _Patch:
     patched = _patch_of(model)
     if patched is None:
         raise InvalidArgument("model", type(model).__name__, "must be patched")
-    return patched.stats()
+    return patched
 
 
 def _patch_of(model: PreTrainedModel) -> _Patch | None:

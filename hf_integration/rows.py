@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Sequence
 
 from paged_backend.errors import EngineDead, Overloaded
-from paged_backend.request import OutputCallback, RequestOutput, SamplingParams
+from paged_backend.request import OutputCallback, RequestOptions, RequestOutput, SamplingParams
 from paged_backend.shared_engine import SharedEngine
 
 
@@ -21,6 +22,9 @@ class Rows:
     ) -> None:
         self._tokens: list[list[int]] = [[] for _ in range(count)]
         self._engine, self._pad, self._on_column = engine, pad, on_column
+        # Without prefix caching the rows of one call still share their beginnings, and nobody else's.
+        shared = engine.engine.config.enable_prefix_caching
+        self._options = RequestOptions(cache_salt=None if shared else uuid.uuid4().hex)
         self._request_ids: list[str] = []
         self._running: set[int] = set()
         """Rows submitted and not ended."""
@@ -49,7 +53,9 @@ class Rows:
         while True:
             self._running.add(row)  # before its first output can come, on another thread
             try:
-                self._request_ids.append(self._engine.submit(prompt, params, on_output=self._listener(row)))
+                self._request_ids.append(
+                    self._engine.submit(prompt, params, self._options, on_output=self._listener(row))
+                )
                 return
             except BaseException as error:
                 self._running.discard(row)

@@ -63,11 +63,12 @@ _ARGUMENTS = {
     stopping_criteria.StopStringCriteria: "stop_strings",
 }
 
+_CACHES = ("cache", "past_key_values")  # the same: transformers 5.24 renamed it
 # Arguments of the decode loop that the engine replaces or that change no token.
 _MODEL_KWARGS = {
+    *_CACHES,
     "attention_mask",
     "position_ids",
-    "past_key_values",
     "use_cache",
     "logits_to_keep",
     "tokenizer",
@@ -98,10 +99,11 @@ def check_call(config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[s
         raise NotServed("cache_implementation")
     if not model_kwargs.get("use_cache"):
         raise NotServed("use_cache=False")
-    cache = model_kwargs.get("past_key_values")
-    # The cache that generate() made for this call is empty, and nobody else will read it.
-    if cache is not None and (type(cache) is not DynamicCache or getattr(cache, "_is_user_defined", False)):
-        raise NotServed("past_key_values")
+    for name in _CACHES:
+        cache = model_kwargs.get(name)
+        # The cache that generate() made for this call is empty, and nobody else will read it.
+        if cache is not None and (type(cache) is not DynamicCache or getattr(cache, "_is_user_defined", False)):
+            raise NotServed(name)
 
 
 def unpadded_prompts(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> list[list[int]]:

@@ -11,19 +11,21 @@ if TYPE_CHECKING:
     from paged_backend.engine import Engine
     from paged_backend.engine_thread import EngineThread
     from paged_backend.errors import (
+        DeadlineExceeded,
         EngineDead,
         InvalidArgument,
         Overloaded,
         PagedBackendError,
         UnsupportedModel,
     )
-    from paged_backend.request import RequestOutput, SamplingParams
+    from paged_backend.request import RequestOptions, RequestOutput, SamplingParams
     from paged_backend.shared_engine import SharedEngine
 
 __version__ = "0.1.0"
 
 _HOME = {
     "AsyncEngine": "async_engine",
+    "DeadlineExceeded": "errors",
     "Engine": "engine",
     "EngineConfig": "config",
     "EngineDead": "errors",
@@ -31,6 +33,7 @@ _HOME = {
     "InvalidArgument": "errors",
     "Overloaded": "errors",
     "PagedBackendError": "errors",
+    "RequestOptions": "request",
     "RequestOutput": "request",
     "SamplingParams": "request",
     "SharedEngine": "shared_engine",
@@ -38,6 +41,7 @@ _HOME = {
 }
 __all__ = [
     "AsyncEngine",
+    "DeadlineExceeded",
     "Engine",
     "EngineConfig",
     "EngineDead",
@@ -45,6 +49,7 @@ __all__ = [
     "InvalidArgument",
     "Overloaded",
     "PagedBackendError",
+    "RequestOptions",
     "RequestOutput",
     "SamplingParams",
     "SharedEngine",

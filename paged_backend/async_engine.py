@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
 from paged_backend.config import EngineConfig
-from paged_backend.engine import Engine, Prompt, join
+from paged_backend.engine import Engine
 from paged_backend.engine_thread import EngineThread
-from paged_backend.request import RequestOutput, SamplingParams
+from paged_backend.intake import Prompt
+from paged_backend.outputs import join
+from paged_backend.request import RequestOptions, RequestOutput, SamplingParams
 from paged_backend.stats import EngineStats
 
 if TYPE_CHECKING:
@@ -30,7 +32,9 @@ class AsyncEngine:
         """As `Engine`."""
         self._thread = EngineThread(lambda: Engine(config, model=model, tokenizer=tokenizer, plugins=plugins))
 
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[RequestOutput]:
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, options: RequestOptions | None = None
+    ) -> AsyncIterator[RequestOutput]:
         """Outputs of one prompt as they come. Leaving the iterator, or cancelling the task, aborts the request.
 
         Raises `InvalidArgument`, `Overloaded` or `EngineDead` before the first output.
@@ -41,7 +45,7 @@ class AsyncEngine:
         def on_output(output: RequestOutput) -> None:
             loop.call_soon_threadsafe(outputs.put_nowait, output)
 
-        request_id = self._thread.submit(prompt, params, on_output=on_output)
+        request_id = self._thread.submit(prompt, params, options, on_output=on_output)
         try:
             while not (output := await outputs.get()).finished:
                 yield output
@@ -49,9 +53,11 @@ class AsyncEngine:
         finally:
             self._thread.abort(request_id)
 
-    async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestOutput:
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, options: RequestOptions | None = None
+    ) -> RequestOutput:
         """The whole output of one prompt; gather several to run them together."""
-        return join([output async for output in self.stream(prompt, params)])
+        return join([output async for output in self.stream(prompt, params, options)])
 
     def stats(self) -> EngineStats:
         """Numbers of the engine now."""

@@ -53,25 +53,60 @@ class EngineConfig(CheckedModel):
     """Most tokens of prompt and output together. None: what the model was trained for, capped by the cache."""
     max_num_seqs: int = Field(256, ge=1, le=65536)
     """Most requests running at once."""
-    max_num_batched_tokens: int = Field(2048, ge=1)
-    """Token budget of one step: each decode takes one, prefill chunks share the rest. At least `max_num_seqs`."""
+    optimize_for: Literal["throughput", "latency", "balanced"] = "balanced"
+    """Sets the token budgets below, each of which may still be set: larger steps are more efficient, smaller ones keep
+    the time between tokens short while prompts arrive."""
+    max_num_batched_tokens: int | None = Field(None, ge=1)
+    """Token budget of one step: each decode takes one, prefill chunks share the rest. At least `max_num_seqs`. None:
+    8192, 2048 or 1024 (throughput, balanced, latency), or `max_num_seqs` if that is more."""
+    max_prefill_tokens: int | None = Field(None, ge=1)
+    """Most prompt tokens of a step that also decodes: it bounds the time between tokens of running requests. None:
+    8192, 1024 or 256."""
     max_waiting: int = Field(4096, ge=1)
     """Most requests waiting; one more is refused with `Overloaded`."""
+    queue_timeout: float | None = Field(None, gt=0)
+    """Seconds a request may wait for its first slot, unless it says otherwise. None: for ever."""
+    timeout: float | None = Field(None, gt=0)
+    """Seconds a request may take in all, unless it says otherwise. None: for ever."""
+
+    enable_prefix_caching: bool = True
+    """Keep blocks of ended requests and share blocks of running ones where prompts begin alike."""
+    swap_space_bytes: Bytes = Field(0, ge=0)
+    """Host memory, pinned on a GPU machine, for blocks of preempted requests and evicted prefixes; "8GiB" works too."""
 
     scheduling_policy: str = "fcfs"
-    """Name of a scheduling policy; plugins add more (`paged-backend plugins`)."""
+    """fcfs, priority, shortest-remaining or fair-share; plugins add more (`paged-backend plugins`)."""
+    ageing_seconds: float = Field(10.0, gt=0)
+    """Under "priority": waiting this long is worth one level of priority."""
+    ageing_tokens_per_second: float = Field(100.0, ge=0)
+    """Under "shortest-remaining": waiting a second is worth this many tokens less."""
+    preemption_policy: str = "auto"
+    """How preempted requests come back: recompute, swap (through `swap_space_bytes`), or auto, the cheaper one."""
+    eviction_policy: str = "lru"
+    """Which cached block goes first when room is needed."""
     attention_backend: str = "reference"
     """Name of an attention backend; plugins add more."""
 
     @model_validator(mode="after")
     def _consistent(self) -> EngineConfig:
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise InvalidArgument(
                 "max_num_batched_tokens",
                 self.max_num_batched_tokens,
                 f"must be at least max_num_seqs={self.max_num_seqs}, so that every decode fits",
             )
         return self
+
+    @property
+    def step_tokens(self) -> int:
+        """`max_num_batched_tokens`, or what `optimize_for` makes it."""
+        default = {"throughput": 8192, "balanced": 2048, "latency": 1024}[self.optimize_for]
+        return self.max_num_batched_tokens or max(default, self.max_num_seqs)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """`max_prefill_tokens`, or what `optimize_for` makes it."""
+        return self.max_prefill_tokens or {"throughput": 8192, "balanced": 1024, "latency": 256}[self.optimize_for]
 
     def require_model(self) -> str:
         """The model to load. Raises `InvalidArgument` if none is named."""

@@ -2,48 +2,56 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 import dataclasses
+import heapq
 import itertools
 import logging
-import operator
-import secrets
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from paged_backend.beam import BeamSearch
 from paged_backend.config import EngineConfig
-from paged_backend.errors import EngineDead, InvalidArgument, Overloaded
+from paged_backend.errors import DeadlineExceeded, EngineDead, InvalidArgument, Overloaded
+from paged_backend.intake import Intake, Prompt, Spread, sibling, spread
 from paged_backend.kv_cache.block_pool import BlockPool
 from paged_backend.kv_cache.block_tables import BlockTables
+from paged_backend.kv_cache.groups import blocks_needed
+from paged_backend.kv_cache.host_tier import HostTier
+from paged_backend.kv_cache.storage import block_bytes
+from paged_backend.kv_cache.swap import SwapSpace
 from paged_backend.metrics import Metrics
+from paged_backend.outputs import join, output_of
 from paged_backend.plugins.manager import PluginManager
-from paged_backend.request import FinishReason, Request, RequestOutput, SamplingParams
-from paged_backend.runner.capacity import choose_num_blocks
+from paged_backend.request import FinishReason, Request, RequestOptions, RequestOutput, SamplingParams
+from paged_backend.runner.capacity import choose_num_blocks, choose_num_host_blocks
 from paged_backend.runner.check import peak_step_bytes, verify
 from paged_backend.runner.loader import LoadedModel, context_length, eos_token_ids
 from paged_backend.runner.runner import ModelRunner, PagedModel
-from paged_backend.scheduler.scheduler import Scheduler, StepPlan
+from paged_backend.scheduler.plan import StepPlan
+from paged_backend.scheduler.preemption import PreemptionCosts
+from paged_backend.scheduler.scheduler import Scheduler
 from paged_backend.stats import EngineStats, StepStats
-from paged_backend.text.output import OutputText
+from paged_backend.text.output import OutputText, whole_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | Sequence[int]
-
 
 @dataclass(slots=True)
 class _Live:
-    """A request that has not ended, and its text if there is a tokenizer."""
+    """A request that has not ended."""
 
-    request: Request
-    text: OutputText | None
+    sequences: dict[Request, OutputText | None]
+    """Its outputs that have not ended, and their texts if there is a tokenizer. Of a beam search, the first beam."""
+    search: BeamSearch | None = None
 
 
 class Engine:
@@ -64,12 +72,13 @@ class Engine:
         """Load `config.model`, or serve the very `model` given, with its weights shared."""
         self.metrics = Metrics(self.stats)
         self.plugins = PluginManager([self.metrics, *plugins])
-        policy = self.plugins.make(
-            "paged_scheduling_policy", "scheduling_policy", config.scheduling_policy, config=config
-        )
-        backend = self.plugins.make(
-            "paged_attention_backend", "attention_backend", config.attention_backend, config=config
-        )
+        make = self.plugins.make
+        policy = make("paged_scheduling_policy", "scheduling_policy", config.scheduling_policy, config=config)
+        preemption = make("paged_preemption_policy", "preemption_policy", config.preemption_policy, config=config)
+        evictions = [
+            make("paged_eviction_policy", "eviction_policy", config.eviction_policy, config=config) for _ in range(2)
+        ]
+        backend = make("paged_attention_backend", "attention_backend", config.attention_backend, config=config)
         if model is None:
             loaded = self.plugins.hook.paged_load_model(config=config)
         else:
@@ -77,33 +86,69 @@ class Engine:
             loaded = LoadedModel(model, copy.deepcopy(tokenizer))
         self.config, self.model, self.tokenizer = config, loaded.model, loaded.tokenizer
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
-        self._eos = eos_token_ids(self.model)
         trained = context_length(self.model)
         if config.max_model_len is not None and config.max_model_len > trained:
             raise InvalidArgument("max_model_len", config.max_model_len, f"at most {trained}, the model's context")
         sampler = self.plugins.hook.paged_sampler(config=config)
         processors = [made for made in self.plugins.hook.paged_logits_processor(config=config) if made is not None]
-        self._paged_model = PagedModel(self.model, backend)
+        self._paged_model = paged = PagedModel(self.model, backend)
         try:
-            self.tables = self._make_cache(min(config.max_model_len or trained, trained))
+            verify(paged, config.block_size)
+            each = block_bytes([layer.spec for layer in paged.layers], paged.groups, config.block_size, paged.dtype)
+            num_blocks = self._choose_cache(each, min(config.max_model_len or trained, trained))
+            storage = paged.allocate(num_blocks, config.block_size)
+            self._costs = PreemptionCosts(bytes_per_token=each * len(paged.groups) // config.block_size)
+            self._host, swap = None, None
+            if config.swap_space_bytes:
+                self._host = HostTier(choose_num_host_blocks(config, each), evictions[1])
+                swap = SwapSpace(storage, self._host.pool.num_blocks)
+                self._costs.bytes_per_second = swap.measure()
         except BaseException:
-            self._paged_model.close()
+            paged.close()
             raise
+        self.tables = BlockTables(
+            BlockPool(
+                num_blocks, eviction=evictions[0], on_evict=None if self._host is None else self._host.keep_evicted
+            ),
+            block_size=config.block_size,
+            num_slots=config.max_num_seqs,
+            max_model_len=self.max_model_len,
+            groups=paged.groups,
+        )
         self._runner = ModelRunner(
-            self._paged_model,
+            paged,
             self.tables,
             max_model_len=self.max_model_len,
             sampler=sampler,
             logits_processors=processors,
+            swap=swap,
         )
-        self._scheduler = Scheduler(policy, self.tables, max_num_batched_tokens=config.max_num_batched_tokens)
+        self._scheduler = Scheduler(
+            policy,
+            self.tables,
+            max_num_batched_tokens=config.step_tokens,
+            max_prefill_tokens=config.prefill_tokens,
+            preemption=preemption,
+            costs=self._costs,
+            host=self._host,
+        )
+        self.intake = Intake(
+            config,
+            self.tokenizer,
+            self.plugins,
+            vocab_size=self.vocab_size,
+            eos=eos_token_ids(self.model),
+            max_model_len=self.max_model_len,
+        )
         self._live: dict[str, _Live] = {}
+        self._deadlines: list[tuple[float, int, Request]] = []
+        """A heap of when requests may have to be ended."""
         self._pending: list[RequestOutput] = []
         """Outputs for the next step to return."""
         self._collected: dict[str, deque[RequestOutput]] = {}
         """Outputs of the requests of `generate` and `stream`, which no other caller of `step` gets."""
-        self._arrivals, self._names = itertools.count(), itertools.count()
-        self._steps = self._computed_tokens = self._output_tokens = self._preemptions = 0
+        self._arrivals = itertools.count()
+        self._steps = self._computed_tokens = self._output_tokens = 0
         self.error: Exception | None = None
         """What killed the engine; None while it serves."""
         observer = self.plugins.observer
@@ -117,19 +162,18 @@ class Engine:
         )
         self._on_ended, self._on_step = observer("paged_request_ended"), observer("paged_step_ended")
 
-    def _make_cache(self, max_model_len: int) -> BlockTables:
-        """Check the model over a small cache, then make the real one, as large as is useful and fits."""
+    def _choose_cache(self, each: int, max_model_len: int) -> int:
+        """How many blocks of `each` bytes: as many as are useful and fit. Sets `max_model_len`."""
         config, paged = self.config, self._paged_model
-        verify(paged, config.block_size)
+
+        def needed(num_tokens: int) -> int:
+            return blocks_needed(paged.groups, num_tokens, config.block_size, config.step_tokens)
+
         num_blocks = choose_num_blocks(
-            config,
-            [layer.spec for layer in paged.layers],
-            paged.dtype,
-            paged.device,
-            measure_step=lambda: peak_step_bytes(paged, config, max_model_len),
+            config, each, paged.device, measure_step=lambda: peak_step_bytes(paged, config, max_model_len)
         )
-        num_blocks = min(num_blocks, config.max_num_seqs * -(-max_model_len // config.block_size))
-        room = num_blocks * config.block_size
+        num_blocks = min(num_blocks, config.max_num_seqs * needed(max_model_len))
+        room = bisect.bisect_right(range(1, max_model_len + 1), num_blocks, key=needed)
         if config.max_model_len is not None and config.max_model_len > room:
             raise InvalidArgument(
                 "max_model_len",
@@ -142,66 +186,20 @@ class Engine:
             )
         if max_model_len > room:
             logger.warning("max_model_len is %d, limited by the KV cache; the model can do %d", room, max_model_len)
-        self.max_model_len = min(max_model_len, room)
-        paged.allocate(num_blocks, config.block_size)
-        return BlockTables(
-            BlockPool(num_blocks),
-            block_size=config.block_size,
-            num_slots=config.max_num_seqs,
-            max_model_len=self.max_model_len,
-        )
+        self.max_model_len = room
+        return num_blocks
 
     # ---- requests
 
     def make_request(
-        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+        request_id: str | None = None,
     ) -> Request:
         """Tokenise and validate; nothing is accepted yet. May be called from any thread. Raises `InvalidArgument`."""
-        params = params or SamplingParams()
-        token_ids = self._tokenise(prompt)
-        room = self.max_model_len - len(token_ids)
-        if room < 1:
-            raise InvalidArgument(
-                "prompt", prompt, f"has {len(token_ids)} tokens; at most {self.max_model_len - 1} are allowed"
-            )
-        if params.stop and self.tokenizer is None:
-            raise InvalidArgument("stop", params.stop, "stop strings need a tokenizer, and this engine has none")
-        stops = set(params.stop_token_ids) if params.ignore_eos else self._eos.union(params.stop_token_ids)
-        request = Request(
-            request_id=request_id or f"request-{next(self._names)}",
-            token_ids=token_ids,
-            num_prompt_tokens=len(token_ids),
-            params=params,
-            max_total_tokens=len(token_ids) + min(params.max_tokens, room),
-            stop_token_ids=frozenset(token for token in stops if 0 <= token < self.vocab_size),  # others never come
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
-        )
-        self.plugins.hook.paged_request_filter(request=request)
-        return request
-
-    def _tokenise(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InvalidArgument("prompt", prompt, "this engine has no tokenizer; send token ids")
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:
-                raise InvalidArgument(
-                    "prompt", prompt, f"must be valid Unicode: {error.reason} at {error.start}"
-                ) from None
-            token_ids: list[int] = self.tokenizer(prompt).input_ids
-        else:
-            try:
-                token_ids = [operator.index(token) for token in prompt]
-            except TypeError as error:
-                raise InvalidArgument("prompt", prompt, f"must be text or a sequence of token ids: {error}") from None
-        if not token_ids:
-            raise InvalidArgument("prompt", prompt, "must have at least one token")
-        # Of text too: tokenizers may have added tokens that the model has no embedding for.
-        at = next((at for at, token in enumerate(token_ids) if not 0 <= token < self.vocab_size), None)
-        if at is not None:
-            raise InvalidArgument(f"prompt[{at}]", token_ids[at], f"must be a token id in 0..{self.vocab_size - 1}")
-        return token_ids
+        return self.intake.make(prompt, params, options, request_id)
 
     def enqueue(self, request: Request) -> None:
         """Accept a request made by `make_request`, however many wait: from here on it ends exactly once.
@@ -212,20 +210,33 @@ class Engine:
             raise EngineDead(f"the engine has stopped: {self.error}") from self.error
         if request.request_id in self._live:
             raise InvalidArgument("request_id", request.request_id, "is in use by a request that has not ended")
-        request.arrival_index = next(self._arrivals)
-        text = None if self.tokenizer is None else OutputText(self.tokenizer, request)
-        self._live[request.request_id] = _Live(request, text)
-        self._scheduler.add(request)
-        self._on_arrived(request=request)
+        sequences = [request]
+        if not request.steered:
+            sequences += [sibling(request, index) for index in range(1, request.params.n)]
+        self._live[request.request_id] = live = _Live({}, BeamSearch(request) if request.steered else None)
+        for sequence in sequences:
+            sequence.arrival_index = next(self._arrivals)
+            has_text = self.tokenizer is not None and not request.steered
+            live.sequences[sequence] = OutputText(self.tokenizer, sequence) if has_text else None
+            self._scheduler.add(sequence)
+            self._on_arrived(request=sequence)
+            deadline = min(sequence.deadline, sequence.queue_deadline)
+            if deadline < float("inf"):
+                heapq.heappush(self._deadlines, (deadline, sequence.arrival_index, sequence))
 
     def add_request(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+        *,
+        request_id: str | None = None,
     ) -> str:
         """Accept a request and return its id.
 
         Raises as `make_request` and `enqueue` do, and `Overloaded` when `max_waiting` requests wait.
         """
-        request = self.make_request(prompt, params, request_id)
+        request = self.make_request(prompt, params, options, request_id)
         if len(self._scheduler.waiting) >= self.config.max_waiting:
             raise Overloaded(
                 f"{len(self._scheduler.waiting)} requests wait already; max_waiting is {self.config.max_waiting}"
@@ -238,25 +249,56 @@ class Engine:
         live = self._live.get(request_id)
         if live is None:
             return False
-        text = live.text.add([], last=True)[0] if live.text is not None else ""  # what was held back
-        self._pending.append(self._end(live, "abort", text=text))
+        for sequence, text in list(live.sequences.items()):
+            held_back = "" if text is None else text.add([], last=True)[0]
+            self._pending.append(self._end(sequence, "abort", text=held_back))
         return True
 
     def _end(
         self,
-        live: _Live,
+        request: Request,
         reason: FinishReason,
         error: Exception | None = None,
         token_ids: list[int] | None = None,
         text: str = "",
     ) -> RequestOutput:
-        """End a request, free what it holds and make its last output."""
-        request = live.request
+        """End one output of a request, free what it holds and make its last `RequestOutput`."""
+        live = self._live[request.request_id]
+        if live.search is not None:
+            for beam in live.search.beams:
+                self._scheduler.release(beam)
         self._scheduler.remove(request)
-        del self._live[request.request_id]
+        del live.sequences[request]
+        if not live.sequences:
+            del self._live[request.request_id]
         request.end(reason, error)
         self._on_ended(request=request)
-        return output_of(request, token_ids or [], text)
+        return output_of(request, token_ids or [], text, finished=not live.sequences)
+
+    def _expire(self, outputs: list[RequestOutput]) -> None:
+        """End the requests whose time is over."""
+        now = time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, index, request = heapq.heappop(self._deadlines)
+            if request.ended:
+                continue
+            if request.deadline <= now:
+                field, since = "timeout", now - request.arrival_time
+            elif request.scheduled_time is None:
+                field, since = "queue_timeout", now - request.arrival_time
+            else:
+                if request.deadline < float("inf"):
+                    heapq.heappush(self._deadlines, (request.deadline, index, request))
+                continue
+            limit = (request.deadline if field == "timeout" else request.queue_deadline) - request.arrival_time
+            error = DeadlineExceeded(f"{field}={limit:g}: the request was ended after {since:.3f} seconds")
+            text = self._live[request.request_id].sequences[request]
+            held_back = "" if text is None else text.add([], last=True)[0]
+            outputs.append(self._end(request, "error", error, text=held_back))
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes, as when the weights have changed. What runs goes on with what it has."""
+        self._scheduler.prefix_cache.reset()
 
     # ---- steps
 
@@ -266,7 +308,7 @@ class Engine:
         return bool(self._pending or (self._live and self.error is None))
 
     def step(self) -> list[RequestOutput]:
-        """Run one step and return what it brought, at most one output a request.
+        """Run one step and return what it brought.
 
         Never raises: an error on the device, or in the engine itself, ends every request with it, and the engine.
         """
@@ -278,14 +320,16 @@ class Engine:
         """One step; its outputs go to whom they belong."""
         outputs, self._pending = self._pending, []
         try:
-            if self._scheduler.has_work and self.error is None:
-                self._step(outputs)
+            if self._live and self.error is None:
+                self._expire(outputs)
+                if self._scheduler.has_work:
+                    self._step(outputs)
         except Exception as error:
             logger.exception("the engine met an error it cannot survive")
             self.error = error
             outputs += self._end_all(error)
         except BaseException:  # Ctrl-C on the thread that steps: undo the step, for the sake of other callers
-            self._scheduler.preempt_all()
+            self._scheduler.cancel()
             raise
         finally:
             for output in outputs:
@@ -296,33 +340,56 @@ class Engine:
         began = time.perf_counter()
         plan = self._scheduler.schedule()
         self._observe_plan(plan)
-        tokens = self._runner.execute(plan)
-        sampled = [request for request, samples in zip(plan.requests, plan.samples, strict=True) if samples]
-        for request, token in zip(sampled, tokens, strict=True):
-            outputs.append(self._commit(request, token))  # one by one: those before an error are kept
+        try:
+            sampled = self._runner.execute(plan)
+        finally:
+            self._scheduler.end_step()
+        searches: list[Request] = []
+        for request, got in zip(plan.sampling, sampled, strict=True):
+            live = self._live.get(request.request_id)
+            if live is None:
+                continue  # another beam of the same request has ended it
+            if isinstance(got, int):
+                outputs.append(self._commit(request, got))  # one by one: those before an error are kept
+            elif live.search is not None and live.search.offer(request, got):
+                searches.append(request)
+        for request in searches:
+            if request.request_id in self._live:
+                outputs += self._advance_beams(self._live[request.request_id])
+        seconds = time.perf_counter() - began
+        self._learn(plan, seconds)
         self._steps += 1
         self._computed_tokens += plan.num_tokens
-        self._output_tokens += len(tokens)
-        self._on_step(stats=StepStats(len(plan.requests), plan.num_tokens, len(tokens), time.perf_counter() - began))
+        self._output_tokens += len(sampled)
+        self._on_step(stats=StepStats(len(plan.slots), plan.num_tokens, len(sampled), seconds))
+
+    def _learn(self, plan: StepPlan, seconds: float) -> None:
+        """What computing a prompt token costs, for the choice between that and swapping."""
+        if plan.num_tokens - len(plan.slots) >= 64:  # a step that is mostly prefill
+            costs, now = self._costs, seconds / plan.num_tokens
+            costs.seconds_per_token = 0.8 * costs.seconds_per_token + 0.2 * now if costs.seconds_per_token else now
 
     def _end_all(self, error: Exception) -> list[RequestOutput]:
         """End every request with `error`, even if the scheduler is what failed."""
         outputs = []
-        for live in list(self._live.values()):
+        for request in [sequence for live in self._live.values() for sequence in live.sequences]:
             try:
-                outputs.append(self._end(live, "error", error))
+                outputs.append(self._end(request, "error", error))
             except Exception:
-                logger.exception("request %s could not be ended in order", live.request.request_id)
-                self._live.pop(live.request.request_id, None)
-                if not live.request.ended:
-                    live.request.end("error", error)
-                outputs.append(output_of(live.request, [], ""))
+                logger.exception("request %s could not be ended in order", request.request_id)
+                live = self._live.get(request.request_id)
+                if live is not None:
+                    live.sequences.pop(request, None)
+                if live is None or not live.sequences:
+                    self._live.pop(request.request_id, None)
+                if not request.ended:
+                    request.end("error", error)
+                outputs.append(output_of(request, [], "", finished=request.request_id not in self._live))
         return outputs
 
     def _observe_plan(self, plan: StepPlan) -> None:
         now = time.monotonic()
         for request in plan.preempted:
-            self._preemptions += 1
             self._on_preempted(request=request)
         for request in plan.admitted:
             request.scheduled_time = request.scheduled_time or now
@@ -332,7 +399,9 @@ class Engine:
         """Give a request its next token, and end it if that was the last."""
         live = self._live[request.request_id]
         if token < 0:
-            return self._end(live, "error", FloatingPointError("the model's logits for this request are not finite"))
+            self._scheduler.taint(request)
+            request = request if live.search is None else next(iter(live.sequences))
+            return self._end(request, "error", FloatingPointError("the model's logits for this request are not finite"))
         request.token_ids.append(token)
         if request.first_token_time is None:
             request.first_token_time = time.monotonic()
@@ -342,21 +411,79 @@ class Engine:
             reason = "stop"
         elif len(request.token_ids) >= request.max_total_tokens:
             reason = "length"
-        text = ""
-        if live.text is not None:
+        text, detokenised = "", live.sequences[request]
+        if detokenised is not None:
             try:
                 # A stop token's own text is not part of the output.
-                text, stopped = live.text.add([] if reason == "stop" else [token], last=reason is not None)
+                text, stopped = detokenised.add([] if reason == "stop" else [token], last=reason is not None)
             except Exception as error:
                 logger.exception("request %s: its text cannot be decoded", request.request_id)
-                return self._end(live, "error", error, [token])
+                return self._end(request, "error", error, [token])
             reason = "stop" if stopped else reason
-        return self._end(live, reason, token_ids=[token], text=text) if reason else output_of(request, [token], text)
+        if reason:
+            return self._end(request, reason, token_ids=[token], text=text)
+        return output_of(request, [token], text, finished=False)
+
+    def _advance_beams(self, live: _Live) -> list[RequestOutput]:
+        """Continue the likeliest beams of a search, or end it."""
+        search = live.search
+        assert search is not None
+        chosen = search.advance()
+        if not chosen:
+            return self._end_beams(next(iter(live.sequences)), search)
+        parents = search.beams
+        first_child = {parent: place for place, (parent, _) in reversed(list(enumerate(chosen)))}
+        unused = [beam for index, beam in enumerate(parents) if index not in first_child]
+        for beam in unused:
+            self._scheduler.release(beam)
+        search.beams = [parents[parent] for parent, _ in chosen]
+        forks: list[tuple[Request, Request]] = []
+        for place, (parent, token) in enumerate(chosen):
+            if first_child[parent] != place:
+                source = parents[parent]
+                beam = unused.pop() if unused else self._new_beam(source)
+                beam.token_ids = [*source.token_ids, token]
+                search.beams[place] = beam
+                forks.append((source, beam))
+        for source, beam in forks:
+            self._scheduler.fork(source, beam)
+        for parent, place in first_child.items():
+            parents[parent].token_ids.append(chosen[place][1])
+            self._scheduler.steered(parents[parent])
+        return []
+
+    def _new_beam(self, source: Request) -> Request:
+        return dataclasses.replace(source, arrival_index=next(self._arrivals), slot=-1, swapped=[])
+
+    def _end_beams(self, request: Request, search: BeamSearch) -> list[RequestOutput]:
+        """The best finished outputs, in order."""
+        request.first_token_time = time.monotonic()
+        self._on_first_token(request=request)
+        best = search.finished[: request.params.n]
+        stopped = [tokens[-1] in request.stop_token_ids for _, tokens in best]
+        prompt = request.token_ids[: request.num_prompt_tokens]
+        last = self._end(request, "stop" if stopped[0] else "length")
+        outputs = []
+        for index, ((score, tokens), stop) in enumerate(zip(best, stopped, strict=True)):
+            text = "" if self.tokenizer is None else whole_text(self.tokenizer, prompt, tokens[:-1] if stop else tokens)
+            outputs.append(
+                dataclasses.replace(
+                    last,
+                    text=text,
+                    token_ids=tokens,
+                    num_output_tokens=len(tokens),
+                    finish_reason="stop" if stop else "length",
+                    finished=index == len(best) - 1,
+                    index=index,
+                    score=score,
+                )
+            )
+        return outputs
 
     # ---- whole requests
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Sequence[Prompt], params: Spread = None, options: RequestOptions | None = None
     ) -> list[RequestOutput]:
         """Whole outputs of all prompts, in order. One request's failure is in its output, not raised.
 
@@ -364,7 +491,8 @@ class Engine:
         `max_waiting` are fed as others finish.
         """
         requests = [
-            self.make_request(prompt, one) for prompt, one in zip(prompts, spread(params, prompts), strict=True)
+            self.make_request(prompt, one, options)
+            for prompt, one in zip(prompts, spread(params, prompts), strict=True)
         ]
         todo = deque(requests)
         with self._collecting(requests):
@@ -374,9 +502,11 @@ class Engine:
                 self._advance()
             return [join(self._collected[request.request_id]) for request in requests]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, options: RequestOptions | None = None
+    ) -> Iterator[RequestOutput]:
         """Outputs of one prompt as they come. Leaving the iterator early aborts the request."""
-        request = self.make_request(prompt, params)
+        request = self.make_request(prompt, params, options)
         with self._collecting([request]):
             self.enqueue(request)
             outputs = self._collected[request.request_id]
@@ -393,22 +523,28 @@ class Engine:
             yield
         finally:
             for request in requests:
-                if (live := self._live.get(request.request_id)) is not None and live.request is request:
-                    self._end(live, "abort")
+                live = self._live.get(request.request_id)
+                for sequence in [] if live is None else list(live.sequences):
+                    self._end(sequence, "abort")
                 del self._collected[request.request_id]
 
     def stats(self) -> EngineStats:
         """Numbers of now; safe to call from another thread."""
-        pool = self.tables.pool
+        pool, scheduler, host = self.tables.pool, self._scheduler, self._host
         return EngineStats(
-            num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting),
+            num_running=scheduler.num_running,
+            num_waiting=len(scheduler.waiting),
             blocks_used=pool.num_used,
+            blocks_cached=pool.num_cached,
             blocks_total=pool.num_blocks,
             steps=self._steps,
             computed_tokens=self._computed_tokens,
+            cached_tokens=scheduler.num_cached_tokens,
             output_tokens=self._output_tokens,
-            preemptions=self._preemptions,
+            preemptions=scheduler.num_preempted,
+            swapped=scheduler.num_swapped,
+            blocks_stored=0 if host is None else host.num_stored,
+            blocks_fetched=0 if host is None else host.num_fetched,
         )
 
     def close(self) -> None:
@@ -418,42 +554,3 @@ class Engine:
                 self.abort(request_id)
             self.error = EngineDead("the engine was closed")
         self._paged_model.close()
-
-
-def spread(
-    params: SamplingParams | Sequence[SamplingParams] | None, prompts: Sequence[Prompt]
-) -> Sequence[SamplingParams]:
-    """Parameters for each prompt. Raises `InvalidArgument` for a list of another length, and for a bare string."""
-    if isinstance(prompts, str):
-        raise InvalidArgument("prompts", prompts, "must be a list of prompts")
-    count = len(prompts)
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise InvalidArgument("params", f"{len(params)} SamplingParams", f"one, or as many as the {count} prompts")
-    return params
-
-
-def join(parts: Sequence[RequestOutput]) -> RequestOutput:
-    """One output of all a request's outputs."""
-    return dataclasses.replace(
-        parts[-1],
-        text="".join(part.text for part in parts),
-        token_ids=[token for part in parts for token in part.token_ids],
-    )
-
-
-def output_of(request: Request, token_ids: list[int], text: str) -> RequestOutput:
-    """The output that brings these new tokens and text of a request."""
-    return RequestOutput(
-        request_id=request.request_id,
-        text=text,
-        token_ids=token_ids,
-        num_prompt_tokens=request.num_prompt_tokens,
-        num_output_tokens=request.num_output_tokens,
-        finish_reason=request.finish_reason,
-        error=request.error,
-        arrival_time=request.arrival_time,
-        first_token_time=request.first_token_time,
-        end_time=request.end_time,
-    )

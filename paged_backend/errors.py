@@ -30,6 +30,10 @@ class Overloaded(PagedBackendError):
     """The bounded waiting queue is full; try again later."""
 
 
+class DeadlineExceeded(PagedBackendError):
+    """The request waited, or took, longer than its `queue_timeout` or `timeout`."""
+
+
 class EngineDead(PagedBackendError):
     """The engine met an error it cannot survive, or was closed; it serves no more requests."""
 

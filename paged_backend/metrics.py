@@ -43,6 +43,7 @@ class Metrics:
             ("requests_running", "Requests with a slot", now.num_running),
             ("requests_waiting", "Requests waiting for a slot", now.num_waiting),
             ("kv_blocks_used", "KV blocks owned by requests", now.blocks_used),
+            ("kv_blocks_cached", "KV blocks owned by nobody that hold a prefix", now.blocks_cached),
             ("kv_blocks_total", "KV blocks in the cache", now.blocks_total),
         ):
             yield GaugeMetricFamily(f"paged_backend_{name}", help_text, value=value)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import enum
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from paged_backend.errors import CheckedModel, InvalidArgument
+from paged_backend.kv_cache import hashing
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -23,6 +25,8 @@ StopStrings = Annotated[
 class SamplingParams(CheckedModel):
     """How to choose the tokens of one request. Names and defaults follow vLLM's."""
 
+    n: int = Field(1, ge=1, le=128)
+    """Outputs to make of one prompt, whose blocks they share; of a beam search, how many of the best to return."""
     max_tokens: int = Field(16, ge=1)
     """Most tokens to generate; the model's context limits it further."""
     min_tokens: int = Field(0, ge=0)
@@ -45,12 +49,41 @@ class SamplingParams(CheckedModel):
     """Token ids that end the output like end-of-sequence does."""
     ignore_eos: bool = False
     """Generate past end-of-sequence."""
+    beam_width: int = Field(1, ge=1, le=64)
+    """More than 1 searches for the likeliest outputs, keeping this many at a time; tokens come when it ends."""
+    length_penalty: float = Field(1.0, ge=-100, le=100)
+    """A finished beam scores its log-probability divided by its length to this power: larger favours longer ones."""
+    early_stopping: bool | Literal["never"] = False
+    """When a beam search ends: True, with `beam_width` finished beams; False, when a better one is unlikely; "never",
+    when it is impossible. As in transformers."""
 
     @model_validator(mode="after")
     def _consistent(self) -> SamplingParams:
         if self.min_tokens > self.max_tokens:
             raise InvalidArgument("min_tokens", self.min_tokens, f"must be at most max_tokens={self.max_tokens}")
+        if self.beam_width > 1:
+            if self.n > self.beam_width:
+                raise InvalidArgument("n", self.n, f"must be at most beam_width={self.beam_width}")
+            for name in ("temperature", "top_k", "top_p", "min_p", "seed", "stop"):
+                value, unset = getattr(self, name), SamplingParams.model_fields[name].default
+                if value != unset and (name, value) != ("temperature", 0.0):
+                    raise InvalidArgument(name, value, f"must be {unset!r} with beam_width > 1, which does not sample")
         return self
+
+
+class RequestOptions(CheckedModel):
+    """How to treat one request; none of it changes its tokens."""
+
+    priority: int = Field(0, ge=-1000, le=1000)
+    """Smaller is more urgent, under `scheduling_policy="priority"`."""
+    tenant: str = Field("", max_length=256)
+    """Whose request it is, under `scheduling_policy="fair-share"`."""
+    cache_salt: str | None = Field(None, max_length=1024)
+    """Only requests with an equal salt share cached prefixes. None: all without one, if `enable_prefix_caching`."""
+    queue_timeout: float | None = Field(None, gt=0)
+    """Seconds it may wait for its first slot; then it ends with `DeadlineExceeded`. None: `EngineConfig`'s."""
+    timeout: float | None = Field(None, gt=0)
+    """Seconds it may take in all; then it ends with `DeadlineExceeded` and what it has. None: `EngineConfig`'s."""
 
 
 class RequestStatus(enum.Enum):
@@ -85,14 +118,32 @@ class Request:
     stop_token_ids: frozenset[int]
     """End-of-sequence (unless ignored) and stop tokens."""
     seed: int
+    index: int = 0
+    """Which of the request's `n` outputs, or of its beams."""
+    priority: int = 0
+    tenant: str = ""
+    hash_root: bytes = b""
+    """Where the hashes of its blocks begin; only requests with an equal one share blocks."""
+    queue_deadline: float = math.inf
+    """`time.monotonic()` by which it must have had a slot."""
+    deadline: float = math.inf
+    """`time.monotonic()` by which it must have ended."""
+    steered: bool = False
+    """Its next token is chosen from outside, among `beam_width` candidates: a beam."""
     arrival_index: int = 0
     """Order of arrival in this engine."""
     arrival_time: float = field(default_factory=time.monotonic)
     status: RequestStatus = RequestStatus.WAITING
+    sort_key: Any = None
+    """The scheduling policy's key; None before the first wait."""
     slot: int = -1
     """Row of the batch state while running, else -1."""
-    num_computed_tokens: int = 0
-    """Tokens whose K/V are in the cache, or will be after the step being run."""
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Of the full blocks of `token_ids`, as far as they were needed."""
+    swapped: list[int] = field(default_factory=list)
+    """Host blocks held while preempted."""
+    num_cached_tokens: int | None = None
+    """Prompt tokens that were in the cache at the first slot, and not computed."""
     num_preemptions: int = 0
     scheduled_time: float | None = None
     first_token_time: float | None = None
@@ -104,6 +155,15 @@ class Request:
     def num_output_tokens(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def rank(self) -> tuple[Any, int]:
+        """Its place in the order of service; smaller goes first."""
+        return self.sort_key, self.arrival_index
+
+    def hash_blocks(self, block_size: int) -> None:
+        """Bring `block_hashes` up to date with `token_ids`."""
+        hashing.extend(self.block_hashes, self.hash_root, self.token_ids, block_size)
 
     @property
     def ended(self) -> bool:
@@ -130,18 +190,23 @@ class RequestOutput:
     num_output_tokens: int
     """In all, not only in this output."""
     finish_reason: FinishReason | None = None
-    """None while the request runs."""
+    """None while this output is made."""
     error: Exception | None = None
     """The cause, when `finish_reason` is "error"."""
+    finished: bool = False
+    """Whether this is the last of the request: all its `n` outputs are made."""
+    index: int = 0
+    """Which of the request's `n` outputs this belongs to."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that were found in the cache and not computed."""
+    score: float | None = None
+    """Of a beam: its log-probability over its length to the power `length_penalty`."""
     arrival_time: float = 0.0
     """`time.monotonic()` seconds."""
     first_token_time: float | None = None
     end_time: float | None = None
-
-    @property
-    def finished(self) -> bool:
-        """Whether this is the request's last output."""
-        return self.finish_reason is not None
+    samples: tuple[RequestOutput, ...] = ()
+    """In whole outputs of a request with `n` > 1: all of them; the other fields are those of the first."""
 
 
 OutputCallback = Callable[[RequestOutput], None]

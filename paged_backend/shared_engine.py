@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
-from paged_backend.engine import Engine, Prompt, join, output_of, spread
+from paged_backend.engine import Engine
 from paged_backend.errors import EngineDead, InvalidArgument, Overloaded
-from paged_backend.request import OutputCallback, Request, RequestOutput, SamplingParams
+from paged_backend.intake import Prompt, Spread, spread
+from paged_backend.outputs import failed, join
+from paged_backend.request import OutputCallback, Request, RequestOptions, RequestOutput, SamplingParams
 from paged_backend.stats import EngineStats
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ class SharedEngine:
         self._aborted: list[str] = []
         self._outputs: deque[RequestOutput] = deque()
         """Not delivered yet."""
-        self._stepping = self._closing = self._closed = False
+        self._stepping = self._closing = self._closed = self._resetting = False
         self._state = threading.Condition()  # guards all of the above; not held during a step
 
     @property
@@ -43,6 +45,7 @@ class SharedEngine:
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
+        options: RequestOptions | None = None,
         *,
         on_output: OutputCallback,
         request_id: str | None = None,
@@ -52,7 +55,7 @@ class SharedEngine:
         `on_output` is called on that thread with what is new; it must be quick and must not raise. Raises
         `InvalidArgument`, `Overloaded` or `EngineDead` here, with nothing accepted.
         """
-        request = self.engine.make_request(prompt, params, request_id)
+        request = self.engine.make_request(prompt, params, options, request_id)
         with self._state:
             if self._closing or self.error is not None:
                 raise EngineDead(f"the engine has stopped: {self.error or 'it was closed'}")
@@ -93,14 +96,14 @@ class SharedEngine:
                     self._state.notify_all()
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Sequence[Prompt], params: Spread = None, options: RequestOptions | None = None
     ) -> list[RequestOutput]:
         """Whole outputs of all prompts, in order. If one is refused, those before it are aborted, and it raises."""
         parts: dict[str, list[RequestOutput]] = {}
         try:
             for prompt, one in zip(prompts, spread(params, prompts), strict=True):
                 collected: list[RequestOutput] = []
-                parts[self.submit(prompt, one, on_output=collected.append)] = collected
+                parts[self.submit(prompt, one, options, on_output=collected.append)] = collected
             self.run_until(lambda: all(collected and collected[-1].finished for collected in parts.values()))
         except BaseException:
             for request_id in parts:
@@ -109,10 +112,12 @@ class SharedEngine:
             raise
         return [join(collected) for collected in parts.values()]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, options: RequestOptions | None = None
+    ) -> Iterator[RequestOutput]:
         """Outputs of one prompt as they come. Leaving the iterator early aborts the request."""
         outputs: deque[RequestOutput] = deque()
-        request_id = self.submit(prompt, params, on_output=outputs.append)
+        request_id = self.submit(prompt, params, options, on_output=outputs.append)
         try:
             finished = False
             while not finished:
@@ -125,6 +130,11 @@ class SharedEngine:
             # Not when a step of this very thread collected an abandoned iterator; the step will see the abort.
             if not self._stepping:
                 self.run_until(lambda: request_id not in self._callbacks)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes before the next step, as when the weights have changed."""
+        with self._state:
+            self._resetting = True
 
     def stats(self) -> EngineStats:
         """Numbers of the engine now."""
@@ -154,8 +164,7 @@ class SharedEngine:
         except Exception as error:  # a bug of the engine's own: nobody may wait for ever
             logger.exception("the engine failed in an unforeseen way")
             self.engine.error = error
-            failed = [RequestOutput(request_id, "", [], 0, 0, "error", error) for request_id in self._callbacks]
-            self._outputs.extend(failed)
+            self._outputs.extend(failed(request_id, error) for request_id in self._callbacks)
         while self._outputs:
             self._deliver(self._outputs.popleft())
         self._state.notify_all()
@@ -163,12 +172,14 @@ class SharedEngine:
     def _step(self) -> None:
         arrived, self._arrived = self._arrived, []
         aborted, self._aborted = self._aborted, []
+        if self._resetting:
+            self.engine.reset_prefix_cache()
+            self._resetting = False
         for request in arrived:
             try:
                 self.engine.enqueue(request)
             except EngineDead as error:  # it died since `submit`
-                request.end("error", error)
-                self._outputs.append(output_of(request, [], ""))
+                self._outputs.append(failed(request.request_id, error))
         for request_id in aborted:
             self.engine.abort(request_id)
         if self._closing:

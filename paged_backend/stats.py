@@ -12,12 +12,23 @@ class EngineStats:
     num_running: int
     num_waiting: int
     blocks_used: int
+    """Held by requests."""
+    blocks_cached: int
+    """Held by nobody, but of content that can be found; used, cached and free blocks are all there are."""
     blocks_total: int
     steps: int
     computed_tokens: int
     """Tokens run through the model, recomputation after preemption included."""
+    cached_tokens: int
+    """Prompt tokens found in the cache instead."""
     output_tokens: int
     preemptions: int
+    swapped: int
+    """Preemptions whose blocks were kept in host memory."""
+    blocks_stored: int
+    """Copied to host memory."""
+    blocks_fetched: int
+    """Copied back."""
 
 
 @dataclass(slots=True, frozen=True)

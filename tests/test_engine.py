@@ -107,7 +107,7 @@ def test_stop_tokens_end_the_output_and_leave_no_text(make: MakeEngine) -> None:
 def test_end_of_sequence_ends_unless_ignored(make: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make()
     (free,) = engine.generate(["hello"], greedy(max_tokens=5))
-    monkeypatch.setattr(engine, "_eos", frozenset({free.token_ids[0]}))
+    monkeypatch.setattr(engine.intake, "eos", frozenset({free.token_ids[0]}))
     (output,) = engine.generate(["hello"], greedy(ignore_eos=False, max_tokens=5))
     assert (output.finish_reason, output.num_output_tokens) == ("stop", 1)
     (late,) = engine.generate(["hello"], greedy(ignore_eos=False, max_tokens=5, min_tokens=3))
@@ -333,8 +333,8 @@ class NotANumber:
             for row, request in enumerate(requests):
                 if request.num_prompt_tokens == 1:
                     logits[row] = float("nan")
-                    for cache in self.engine._paged_model.caches:
-                        cache.value[self.engine.tables.blocks(request.slot)] = float("nan")
+                    for stored in self.engine._paged_model.storage.tensors:
+                        stored[self.engine.tables.blocks(request.slot)] = float("nan")
 
         return process
 

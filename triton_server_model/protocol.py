@@ -53,7 +53,11 @@ def parse_request(inputs: Mapping[str, Any], parameters: Mapping[str, Any]) -> G
     sampling = {name: value for name, value in parameters.items() if name in SamplingParams.model_fields}
     if "sampling_parameters" in inputs:
         sampling |= _json_object("sampling_parameters", inputs["sampling_parameters"])
-    return Generation(prompt, SamplingParams(**sampling), stream, prepend_prompt=not exclude_prompt)
+    params = SamplingParams(**sampling)
+    for name in ("n", "beam_width"):
+        if getattr(params, name) > 1:
+            raise InvalidArgument(name, getattr(params, name), "must be 1: this model answers with one text")
+    return Generation(prompt, params, stream, prepend_prompt=not exclude_prompt)
 
 
 def error_code(error: Exception) -> str:

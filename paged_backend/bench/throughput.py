@@ -50,6 +50,7 @@ class OurEngine:
 
     def run(self, workload: Workload) -> None:
         """All requests at once, with nothing cached before."""
+        self.engine.reset_prefix_cache()
         params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for _, n in workload.requests]
         outputs = self.engine.generate([prompt for prompt, _ in workload.requests], params)
         for output, (_, wanted) in zip(outputs, workload.requests, strict=True):

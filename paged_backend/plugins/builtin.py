@@ -10,9 +10,11 @@ if TYPE_CHECKING:
     from paged_kernels.attention import AttentionBackend
 
     from paged_backend.config import EngineConfig
+    from paged_backend.kv_cache.eviction import EvictionPolicy
     from paged_backend.runner.loader import LoadedModel
     from paged_backend.runner.sampling import Sampler
     from paged_backend.scheduler.policy import SchedulingPolicy
+    from paged_backend.scheduler.preemption import PreemptionPolicy
 
 # Imports are inside: the command line loads this module and must not load torch.
 
@@ -35,10 +37,36 @@ def paged_attention_backend(name: str, config: EngineConfig) -> AttentionBackend
 
 @hookimpl(trylast=True)
 def paged_scheduling_policy(name: str, config: EngineConfig) -> SchedulingPolicy | None:
-    """ "fcfs"."""
-    from paged_backend.scheduler.policy import FirstComeFirstServed
+    """ "fcfs", "priority", "shortest-remaining" and "fair-share"."""
+    from paged_backend.scheduler.policy import FairShare, Priority, SchedulingPolicy, ShortestRemaining
 
-    return FirstComeFirstServed() if name == "fcfs" else None
+    match name:
+        case "fcfs":
+            return SchedulingPolicy()
+        case "priority":
+            return Priority(config.ageing_seconds)
+        case "shortest-remaining":
+            return ShortestRemaining(config.ageing_tokens_per_second)
+        case "fair-share":
+            return FairShare()
+    return None
+
+
+@hookimpl(trylast=True)
+def paged_preemption_policy(name: str, config: EngineConfig) -> PreemptionPolicy | None:
+    """ "auto", "swap" and "recompute"."""
+    from paged_backend.scheduler.preemption import LowestRanked
+
+    swaps = {"auto": None, "swap": True, "recompute": False}
+    return LowestRanked(swaps[name]) if name in swaps else None
+
+
+@hookimpl(trylast=True)
+def paged_eviction_policy(name: str, config: EngineConfig) -> EvictionPolicy | None:
+    """ "lru"."""
+    from paged_backend.kv_cache.eviction import LeastRecentlyUsed
+
+    return LeastRecentlyUsed() if name == "lru" else None
 
 
 @hookimpl(trylast=True)

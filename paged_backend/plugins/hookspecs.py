@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from paged_kernels.attention import AttentionBackend
 
     from paged_backend.config import EngineConfig
+    from paged_backend.kv_cache.eviction import EvictionPolicy
     from paged_backend.request import Request
     from paged_backend.runner.loader import LoadedModel
     from paged_backend.runner.sampling import LogitsProcessor, Sampler
     from paged_backend.scheduler.policy import SchedulingPolicy
+    from paged_backend.scheduler.preemption import PreemptionPolicy
     from paged_backend.stats import StepStats
 
 hookspec = pluggy.HookspecMarker("paged_backend")
@@ -38,7 +40,17 @@ def paged_attention_backend(name: str, config: EngineConfig) -> AttentionBackend
 
 @hookspec(firstresult=True)
 def paged_scheduling_policy(name: str, config: EngineConfig) -> SchedulingPolicy | None:
-    """Make the scheduling policy called `name`: it orders waiting requests and chooses whom to preempt."""
+    """Make the scheduling policy called `name`: it orders the requests, and says who makes room for whom."""
+
+
+@hookspec(firstresult=True)
+def paged_preemption_policy(name: str, config: EngineConfig) -> PreemptionPolicy | None:
+    """Make the preemption policy called `name`: whom to preempt, and whether to swap or compute again."""
+
+
+@hookspec(firstresult=True)
+def paged_eviction_policy(name: str, config: EngineConfig) -> EvictionPolicy | None:
+    """Make the eviction policy called `name`: which cached block goes first. Asked once for each tier of blocks."""
 
 
 @hookspec(firstresult=True)

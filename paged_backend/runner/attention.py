@@ -76,7 +76,8 @@ class ForwardContext:
     backend: AttentionBackend
     layers: list[Layer]
     caches: list[LayerCache]
-    batch: AttentionBatch
+    batches: list[AttentionBatch]
+    """One a layer; layers of a group have the same."""
     _calls: int = field(default=0, init=False)
 
     def attention(
@@ -89,12 +90,12 @@ class ForwardContext:
         options: dict[str, Any],
     ) -> Tensor:
         """See `Attend`. Calls come in the order of the probe; a model that changes it cannot be paged."""
-        layer, cache = self.layers[self._calls], self.caches[self._calls]
+        layer, cache, batch = self.layers[self._calls], self.caches[self._calls], self.batches[self._calls]
         if layer.module is not module:
             raise UnsupportedModel(f"{type(module).__name__}: attention layers are not called in a fixed order")
         self._calls += 1
         query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        return self.backend.forward(layer.spec, cache, query, key, value, options.get("s_aux"), self.batch).unsqueeze(0)
+        return self.backend.forward(layer.spec, cache, query, key, value, options.get("s_aux"), batch).unsqueeze(0)
 
     def mask(self, options: dict[str, Any]) -> Tensor | None:
         """No mask: the block tables and the layer's spec say what is visible."""

@@ -10,7 +10,7 @@ from paged_kernels.sampling import SamplingBatch
 
 from paged_backend.request import Request
 from paged_backend.runner.sampling import uniform
-from paged_backend.scheduler.scheduler import StepPlan
+from paged_backend.scheduler.plan import StepPlan
 
 
 @dataclass(slots=True)
@@ -20,7 +20,9 @@ class FlatBatch:
     input_ids: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
     slot_mapping: npt.NDArray[np.int64]
+    """`[groups, tokens]`: where each group of layers writes each token, `block * block_size + offset`."""
     block_tables: npt.NDArray[np.int32]
+    """`[groups, rows, blocks]`."""
     logits_at: npt.NDArray[np.int64]
     """Where in the flat batch the rows that sample end."""
 
@@ -45,16 +47,14 @@ class BatchState:
 
     def flatten(self, plan: StepPlan, tables: npt.NDArray[np.int32], block_size: int) -> FlatBatch:
         """The flat batch of a plan; `tables` is `BlockTables.array`."""
-        slots = np.array([request.slot for request in plan.requests])
-        starts, counts = np.array(plan.starts), np.array(plan.counts)
-        ends = np.cumsum(counts)
-        row = np.repeat(np.arange(len(slots)), counts)
-        positions = np.arange(ends[-1]) - (ends - counts - starts)[row]
-        block_tables = tables[slots, : -(-int((starts + counts).max()) // block_size)]
+        ends = np.cumsum(plan.counts)
+        row = np.repeat(np.arange(len(plan.slots)), plan.counts)
+        positions = np.arange(ends[-1]) - (ends - plan.counts - plan.starts)[row]
+        block_tables = tables[:, plan.slots, : -(-int((plan.starts + plan.counts).max()) // block_size)]
         return FlatBatch(
-            input_ids=self.tokens[slots[row], positions].astype(np.int64),
+            input_ids=self.tokens[plan.slots[row], positions].astype(np.int64),
             positions=positions,
-            slot_mapping=block_tables[row, positions // block_size].astype(np.int64) * block_size
+            slot_mapping=block_tables[:, row, positions // block_size].astype(np.int64) * block_size
             + positions % block_size,
             block_tables=block_tables,
             logits_at=(ends - 1)[plan.samples],

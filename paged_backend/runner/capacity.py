@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import psutil
 import torch
-from paged_kernels.attention import LayerSpec
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import InvalidArgument
@@ -14,23 +13,17 @@ from paged_backend.errors import InvalidArgument
 _CPU_DEFAULT = 4 * 1024**3
 
 
-def block_bytes(specs: Sequence[LayerSpec], block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block in all layers together."""
-    return sum(spec.num_kv_heads * (spec.key_dim + spec.value_dim) for spec in specs) * block_size * dtype.itemsize
-
-
 def choose_num_blocks(
     config: EngineConfig,
-    specs: Sequence[LayerSpec],
-    dtype: torch.dtype,
+    each: int,
     device: torch.device,
     measure_step: Callable[[], int],
 ) -> int:
-    """Blocks the cache gets. `measure_step` runs the largest step and returns its peak bytes beyond the weights.
+    """Blocks of `each` bytes the cache gets.
 
-    Raises `InvalidArgument` when more is asked than the device has, or when not one block fits.
+    `measure_step` runs the largest step and returns its peak bytes beyond the weights. Raises `InvalidArgument` when
+    more is asked than the device has, or when not one block fits.
     """
-    each = block_bytes(specs, config.block_size, dtype)
     if device.type == "cuda":
         free = int(torch.cuda.mem_get_info(device)[0])
     else:
@@ -55,3 +48,13 @@ def choose_num_blocks(
         field = "gpu_memory_utilization" if config.kv_cache_bytes is None else "kv_cache_bytes"
         raise InvalidArgument(field, getattr(config, field), f"leaves {budget} bytes; one block takes {each}")
     return budget // each
+
+
+def choose_num_host_blocks(config: EngineConfig, each: int) -> int:
+    """Blocks of `each` bytes in `swap_space_bytes`. Raises `InvalidArgument` when it is more than is free."""
+    free = psutil.virtual_memory().available
+    if not each <= config.swap_space_bytes <= free:
+        raise InvalidArgument(
+            "swap_space_bytes", config.swap_space_bytes, f"0, or from {each} (one block) to {free} bytes (free memory)"
+        )
+    return config.swap_space_bytes // each

@@ -52,7 +52,7 @@ def peak_step_bytes(paged_model: PagedModel, config: EngineConfig, max_model_len
     Measured on a budget full of short prompts, sampled, and on the last chunk of the longest prompt.
     """
     device, block_size = paged_model.device, config.block_size
-    budget, rows = config.max_num_batched_tokens, config.max_num_seqs
+    budget, rows = config.step_tokens, config.max_num_seqs
     steps = [(budget // rows, 0, rows), (max_model_len, max(0, max_model_len - budget), 1)]
     peak = 0
     for length, start, count in steps:
@@ -70,26 +70,27 @@ def peak_step_bytes(paged_model: PagedModel, config: EngineConfig, max_model_len
 
 @contextlib.contextmanager
 def _scratch_cache(paged_model: PagedModel, num_blocks: int, block_size: int) -> Iterator[None]:
-    """A cache of its own for forwards before serving."""
-    paged_model.allocate(num_blocks, block_size)
+    """A cache of its own for forwards before serving, with `num_blocks` for each group."""
+    paged_model.allocate(num_blocks * len(paged_model.groups), block_size)
     try:
         yield
     finally:
-        paged_model.caches = []
+        paged_model.storage = None
 
 
 def _forward(
     paged_model: PagedModel, prompts: Sequence[Sequence[int]], starts: list[int], width: int, block_size: int
 ) -> Tensor:
-    """Last-token logits of prompts, cached before `starts`; each prompt has `width` blocks of its own."""
-    tables = np.arange(1, len(prompts) * width + 1, dtype=np.int32).reshape(len(prompts), width)
+    """Last-token logits of prompts, cached before `starts`; each prompt has `width` blocks of its own in each group."""
+    shape = (len(paged_model.groups), len(prompts), width)
+    tables = np.arange(1, np.prod(shape) + 1, dtype=np.int32).reshape(shape)
     counts = [len(prompt) - start for prompt, start in zip(prompts, starts, strict=True)]
     row = np.repeat(np.arange(len(prompts)), counts)
     positions = np.concatenate([np.arange(start, len(prompt)) for prompt, start in zip(prompts, starts, strict=True)])
     flat = FlatBatch(
         input_ids=np.concatenate([np.array(prompt[start:]) for prompt, start in zip(prompts, starts, strict=True)]),
         positions=positions,
-        slot_mapping=tables[row, positions // block_size].astype(np.int64) * block_size + positions % block_size,
+        slot_mapping=tables[:, row, positions // block_size].astype(np.int64) * block_size + positions % block_size,
         block_tables=tables,
         logits_at=np.cumsum(counts) - 1,
     )

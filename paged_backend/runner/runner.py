@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from paged_kernels.attention import AttentionBackend, AttentionBatch, LayerCache
+from paged_kernels.attention import AttentionBackend, AttentionBatch
 from torch import Tensor
 
 from paged_backend.kv_cache.block_tables import BlockTables
+from paged_backend.kv_cache.groups import group_layers
+from paged_backend.kv_cache.moves import BlockMoves
+from paged_backend.kv_cache.storage import KVStorage
+from paged_backend.kv_cache.swap import SwapSpace
 from paged_backend.request import Request
 from paged_backend.runner.attention import ForwardContext, attach, detach, handling
 from paged_backend.runner.batch import BatchState, FlatBatch
 from paged_backend.runner.loader import keeps_logits
 from paged_backend.runner.probe import probe
 from paged_backend.runner.sampling import LogitsProcessor, Sampler
-from paged_backend.scheduler.scheduler import StepPlan
+from paged_backend.scheduler.plan import StepPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Candidates = list[tuple[int, float]]
+"""Token ids and their log-probabilities, the likeliest first."""
 
 
 class PagedModel:
@@ -31,7 +37,7 @@ class PagedModel:
     def __init__(self, model: PreTrainedModel, backend: AttentionBackend) -> None:
         self.model, self.backend = model, backend
         self.device, self.dtype = model.device, model.dtype
-        self.caches: list[LayerCache] = []
+        self.storage: KVStorage | None = None
         self._keeps_logits = keeps_logits(model)
         # Any 4-D mask makes transformers skip building one.
         self._no_mask = torch.empty(1, 1, 1, 1, device=self.device)
@@ -41,35 +47,43 @@ class PagedModel:
         except BaseException:
             detach(model)
             raise
-
-    def allocate(self, num_blocks: int, block_size: int) -> None:
-        """Make the cache, of zeros."""
-        self.caches = [
-            self.backend.allocate(layer.spec, num_blocks, block_size, self.dtype, self.device) for layer in self.layers
+        self.groups = group_layers([layer.spec for layer in self.layers])
+        self._group_of = [
+            next(index for index, group in enumerate(self.groups) if layer in group.layers)
+            for layer in range(len(self.layers))
         ]
 
-    def clear(self, blocks: list[int]) -> None:
-        """Make blocks all zero again."""
-        for stored in itertools.chain.from_iterable(self.caches):
-            stored[blocks] = 0
+    def allocate(self, num_blocks: int, block_size: int) -> KVStorage:
+        """Make the cache, of zeros."""
+        self.storage = KVStorage(
+            self.backend,
+            [layer.spec for layer in self.layers],
+            self.groups,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        return self.storage
 
     def close(self) -> None:
         """Give the model its own attention back and drop the cache."""
-        self.caches = []
+        self.storage = None
         detach(self.model)
 
     def forward(self, flat: FlatBatch, starts: list[int], counts: list[int]) -> Tensor:
-        """Float32 logits `[len(flat.logits_at), vocab]` of one step."""
-        batch = AttentionBatch(
-            slot_mapping=self._on_device(flat.slot_mapping),
-            block_tables=self._on_device(flat.block_tables),
-            starts=starts,
-            counts=counts,
-            num_single=next((row for row, count in enumerate(counts) if count > 1), len(counts)),
-        )
+        """Float32 logits `[len(flat.logits_at), vocab]` of one step. There must be a cache (`allocate`)."""
+        assert self.storage is not None
+        num_single = next((row for row, count in enumerate(counts) if count > 1), len(counts))
+        batches = [
+            AttentionBatch(self._on_device(slot_mapping), self._on_device(block_tables), starts, counts, num_single)
+            for slot_mapping, block_tables in zip(flat.slot_mapping, flat.block_tables, strict=True)
+        ]
         at = self._on_device(flat.logits_at)
         keep = {"logits_to_keep": at} if self._keeps_logits else {}
-        context = ForwardContext(self.backend, self.layers, self.caches, batch)
+        context = ForwardContext(
+            self.backend, self.layers, self.storage.layers, [batches[group] for group in self._group_of]
+        )
         with handling(context), torch.inference_mode():
             logits: Tensor = self.model(
                 input_ids=self._on_device(flat.input_ids).unsqueeze(0),
@@ -87,7 +101,7 @@ class PagedModel:
 
 
 class ModelRunner:
-    """Turns step plans into tokens: batch state, forward, logits processors, sampling."""
+    """Turns step plans into tokens: block moves, batch state, forward, logits processors, sampling."""
 
     def __init__(
         self,
@@ -97,38 +111,70 @@ class ModelRunner:
         max_model_len: int,
         sampler: Sampler,
         logits_processors: Sequence[LogitsProcessor],
+        swap: SwapSpace | None = None,
     ) -> None:
-        self.paged_model, self.tables = paged_model, tables
-        self.state = BatchState(tables.array.shape[0], max_model_len)
+        self.paged_model, self.tables, self._swap = paged_model, tables, swap
+        self.state = BatchState(tables.array.shape[1], max_model_len)
         self._sampler, self._logits_processors = sampler, logits_processors
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> list[int]:
-        """Run the step and return a token for each row that samples, in the order of the plan.
+    def execute(self, plan: StepPlan) -> list[int | Candidates]:
+        """Run the step and return what each row that samples got, in the order of the plan.
 
-        -1 stands for a row whose logits are not finite; its blocks are cleared, lest their NaN outlive it.
+        That is a token, or the likeliest candidates of a steered request; -1 if the row's logits are not finite.
         """
-        for request in plan.admitted:
+        self._move(plan.moves)
+        for request in plan.loads:
             self.state.load(request)
+        if not len(plan.slots):
+            return []
         flat = self.state.flatten(plan, self.tables.array, self.tables.block_size)
-        logits = self.paged_model.forward(flat, plan.starts, plan.counts)
-        sampling = [request for request, samples in zip(plan.requests, plan.samples, strict=True) if samples]
-        if not sampling:
+        logits = self.paged_model.forward(flat, plan.starts.tolist(), plan.counts.tolist())
+        requests = plan.sampling
+        if not requests:
             return []
         for processor in self._logits_processors:
-            processor(logits, sampling)
-        _forbid_early_stops(logits, sampling)
+            processor(logits, requests)
         finite = logits.max(-1).values.isfinite().cpu().numpy()
         if not finite.all():
             logits[torch.from_numpy(~finite)] = 0.0
-        slots = np.array([request.slot for request in sampling])
-        positions = np.array([len(request.token_ids) for request in sampling])
+        candidates = {row: _candidates(logits[row], request) for row, request in enumerate(requests) if request.steered}
+        _forbid_early_stops(logits, requests)
+        slots = plan.slots[plan.samples]
+        positions = (plan.starts + plan.counts)[plan.samples]
         tokens = self._sampler(logits, self.state.sampling(slots, positions)).cpu().numpy()
         self.state.append(slots, positions, tokens)
-        for slot in slots[~finite]:
-            self.paged_model.clear(self.tables.blocks(slot))
-        chosen: list[int] = np.where(finite, tokens, -1).tolist()
+        chosen: list[int | Candidates] = np.where(finite, tokens, -1).tolist()
+        for row, found in candidates.items():
+            if finite[row]:
+                chosen[row] = found
         return chosen
+
+    def _move(self, moves: BlockMoves) -> None:
+        storage = self.paged_model.storage
+        assert storage is not None
+        if self._swap is not None and moves.stores:
+            self._swap.store(moves.stores)
+        if moves.clears:
+            storage.clear(moves.clears)
+        if moves.copies:
+            storage.copy(moves.copies)
+        if self._swap is not None and moves.fetches:
+            self._swap.fetch(moves.fetches)
+
+
+def num_candidates(request: Request) -> int:
+    """Of a beam: so many that `beam_width` of them go on, whichever stop tokens are among them. As in transformers."""
+    return max(2, 1 + len(request.stop_token_ids)) * request.params.beam_width
+
+
+def _candidates(logits: Tensor, request: Request) -> Candidates:
+    """The likeliest next tokens of a beam; no stop token before `min_tokens`."""
+    log_probabilities = logits.log_softmax(-1)
+    if request.num_output_tokens < request.params.min_tokens:
+        log_probabilities[list(request.stop_token_ids)] = float("-inf")
+    best = log_probabilities.topk(min(num_candidates(request), len(logits)))
+    return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
 def _forbid_early_stops(logits: Tensor, requests: Sequence[Request]) -> None:

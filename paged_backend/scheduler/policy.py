@@ -1,28 +1,112 @@
-"""Order of service. A policy gives requests keys; the smallest runs first and the largest is preempted first."""
+"""Order of service: which waiting request runs next, and who makes room for whom."""
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from paged_backend.request import Request
 
 
-class SchedulingPolicy(Protocol):
-    """Made by the hook `paged_scheduling_policy`."""
+class SchedulingPolicy:
+    """First come, first served. Subclasses, made by the hook `paged_scheduling_policy`, give another order.
+
+    The request with the smallest key runs first; those with larger keys are preempted for it when blocks run out.
+    """
 
     def key(self, request: Request) -> Any:
-        """A value ordered by `<`, fixed while the request waits or runs; ties go to the earlier arrival."""
-        ...
-
-
-class FirstComeFirstServed:
-    """Requests run in order of arrival; the latest is preempted first."""
-
-    def key(self, request: Request) -> int:
-        """The arrival number."""
+        """A value ordered by `<`, asked each time a request begins to wait; ties go to the earlier arrival."""
         return request.arrival_index
+
+    def displaces(self, waiting: Request, running: Request) -> bool:
+        """Whether a waiting request that finds no room may take that of a running one. Never true both ways."""
+        return False
+
+    def started(self, request: Request) -> None:
+        """A request got a slot."""
+
+    def stopped(self, request: Request) -> None:
+        """A request gave its slot back: it is about to end, or was preempted."""
+
+    def ended(self, request: Request) -> None:
+        """A request left for good, from a slot or from the queue."""
+
+
+class Priority(SchedulingPolicy):
+    """Smaller `priority` first, and each second of waiting worth `1 / ageing_seconds` levels, so nothing starves.
+
+    A more urgent request takes the room of less urgent ones, but never of one whose wait has made it as urgent.
+    """
+
+    def __init__(self, ageing_seconds: float) -> None:
+        self._ageing_seconds = ageing_seconds
+
+    def key(self, request: Request) -> float:
+        """Linear ageing of everybody alike leaves the order fixed from the arrival on."""
+        return request.priority * self._ageing_seconds + request.arrival_time
+
+    def displaces(self, waiting: Request, running: Request) -> bool:
+        """See `SchedulingPolicy.displaces`."""
+        return waiting.priority < running.priority and self.key(waiting) < self.key(running)
+
+
+class ShortestRemaining(SchedulingPolicy):
+    """Fewest tokens left to compute first, with the same ageing: a second of waiting is worth `tokens_per_second`."""
+
+    def __init__(self, tokens_per_second: float) -> None:
+        self._tokens_per_second = tokens_per_second
+
+    def key(self, request: Request) -> float:
+        """Tokens of the prompt and what it has not generated yet, at most."""
+        return request.max_total_tokens - request.num_output_tokens + request.arrival_time * self._tokens_per_second
+
+
+class FairShare(SchedulingPolicy):
+    """Start-time fair queueing over tenants (Goyal et al., SIGCOMM 1996), by tokens, and equal shares of the slots.
+
+    A tenant's requests start one after the other on a virtual clock, each taking as long as it has tokens; the clock
+    stands where the request served last started. So a tenant that sends little is served as if it were alone with
+    each of the others, whatever they send. A request is charged for its longest output until it stops, then for what
+    it used.
+    """
+
+    def __init__(self) -> None:
+        self._clock = 0.0
+        self._finish: dict[str, float] = {}
+        self._running: Counter[str] = Counter()
+
+    def key(self, request: Request) -> float:
+        """The virtual time at which the request starts; kept when it is preempted."""
+        if request.sort_key is None:
+            start = max(self._clock, self._finish.get(request.tenant, 0.0))
+            self._finish[request.tenant] = start + request.max_total_tokens
+            return start
+        return float(request.sort_key)
+
+    def displaces(self, waiting: Request, running: Request) -> bool:
+        """A tenant with fewer running requests takes a slot of one with at least two more."""
+        return self._running[waiting.tenant] + 1 < self._running[running.tenant]
+
+    def started(self, request: Request) -> None:
+        """See `SchedulingPolicy.started`."""
+        self._running[request.tenant] += 1
+        self._clock = max(self._clock, float(request.sort_key))
+
+    def stopped(self, request: Request) -> None:
+        """See `SchedulingPolicy.stopped`."""
+        self._running[request.tenant] -= 1
+        if not self._running[request.tenant]:
+            del self._running[request.tenant]
+
+    def ended(self, request: Request) -> None:
+        """Refund what it was charged and did not use."""
+        finish = self._finish.get(request.tenant, 0.0) - (request.max_total_tokens - len(request.token_ids))
+        if finish > self._clock:
+            self._finish[request.tenant] = finish
+        else:
+            self._finish.pop(request.tenant, None)  # as if it had never sent anything
 
 
 class WaitingQueue:
@@ -31,31 +115,35 @@ class WaitingQueue:
     def __init__(self, policy: SchedulingPolicy) -> None:
         self._policy = policy
         self._heap: list[tuple[Any, int, Request]] = []
-        self._members: dict[str, Request] = {}
+        self._members: dict[Request, tuple[Any, int]] = {}
 
     def __len__(self) -> int:
         return len(self._members)
 
+    def __contains__(self, request: Request) -> bool:
+        return request in self._members
+
     def __iter__(self) -> Iterator[Request]:
-        return iter(self._members.values())
+        return iter(self._members)
 
     def add(self, request: Request) -> None:
         """Let the request wait."""
-        heapq.heappush(self._heap, (self._policy.key(request), request.arrival_index, request))
-        self._members[request.request_id] = request
+        request.sort_key = self._policy.key(request)
+        self._members[request] = entry = request.rank
+        heapq.heappush(self._heap, (*entry, request))
 
     def peek(self) -> Request | None:
         """The next request to run, left in the queue."""
-        while self._heap and not self._waits(self._heap[0][2]):
+        while self._heap and not self._waits(self._heap[0]):
             heapq.heappop(self._heap)
         return self._heap[0][2] if self._heap else None
 
     def remove(self, request: Request) -> None:
         """Take the request out, wherever it stands."""
-        del self._members[request.request_id]
+        del self._members[request]
         if len(self._heap) > 2 * len(self._members) + 64:
-            self._heap = [entry for entry in self._heap if self._waits(entry[2])]
+            self._heap = [entry for entry in self._heap if self._waits(entry)]
             heapq.heapify(self._heap)
 
-    def _waits(self, request: Request) -> bool:
-        return self._members.get(request.request_id) is request
+    def _waits(self, entry: tuple[Any, int, Request]) -> bool:
+        return self._members.get(entry[2]) == entry[:2]

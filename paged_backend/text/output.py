@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def whole_text(tokenizer: PreTrainedTokenizerBase, prompt: list[int], token_ids: list[int]) -> str:
+    """The text of an output that is complete."""
+    return Detokenizer(tokenizer, prompt).add(token_ids, last=True)
+
+
 class OutputText:
     """Detokeniser and stop strings of one request."""
 

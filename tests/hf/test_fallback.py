@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import (
     DynamicCache,
+    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -20,6 +22,9 @@ from transformers.utils import ModelOutput
 
 from hf_integration import NotServed, stats
 from tests.tiny import Pair, build, prompts
+
+
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 class OwnProcessor(LogitsProcessor):
@@ -78,7 +83,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cache_implementation": {"cache_implementation": "static", "disable_compile": True},
     "attention_mask": {"attention_mask": interior_hole()},
     "position_ids": {"position_ids": torch.arange(4, 13).expand(2, 9)},
-    "past_key_values": {"past_key_values": DynamicCache},
+    CACHE: {CACHE: DynamicCache},
     "inputs_embeds": {"input_ids": None, "attention_mask": None, "inputs_embeds": torch.randn(2, 9, 64)},
     "max_length": {"max_new_tokens": 40},
 }
@@ -93,7 +98,7 @@ def test_runs_on_the_original(name: str, make_patched: Any, tokenizer: Any) -> N
 
     def run(which: Any) -> tuple[list[list[int]], Any]:
         torch.manual_seed(1)
-        own = {"past_key_values": DynamicCache(config=plain.config)} if "past_key_values" in arguments else {}
+        own = {CACHE: DynamicCache(config=plain.config)} if CACHE in arguments else {}
         output = which.generate(**arguments | own)
         if isinstance(output, ModelOutput):
             return output.sequences.tolist(), output.scores

@@ -5,12 +5,13 @@ from __future__ import annotations
 from paged_backend import EngineConfig
 from paged_backend.plugins import hookimpl
 from paged_backend.request import Request
+from paged_backend.scheduler.policy import SchedulingPolicy
 
 events: list[tuple[str, str]] = []
 """What happened, and to which request."""
 
 
-class ShortestPrompt:
+class ShortestPrompt(SchedulingPolicy):
     """The shortest prompt runs first."""
 
     def key(self, request: Request) -> int:

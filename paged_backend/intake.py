@@ -1,0 +1,141 @@
+"""From what a caller sends to a checked `Request`."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import operator
+import secrets
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from paged_backend.config import EngineConfig
+from paged_backend.errors import InvalidArgument
+from paged_backend.kv_cache import hashing
+from paged_backend.plugins.manager import PluginManager
+from paged_backend.request import Request, RequestOptions, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = str | Sequence[int]
+Spread = SamplingParams | Sequence[SamplingParams] | None
+
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+class Intake:
+    """Tokenises and validates. Holds nothing of any request, so it may be used from any thread."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        plugins: PluginManager,
+        *,
+        vocab_size: int,
+        eos: frozenset[int],
+        max_model_len: int,
+    ) -> None:
+        self._config, self.tokenizer, self._plugins = config, tokenizer, plugins
+        self._vocab_size, self.eos, self._max_model_len = vocab_size, eos, max_model_len
+        self._names = itertools.count()
+
+    def make(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+        request_id: str | None = None,
+    ) -> Request:
+        """The request; nothing is accepted yet. Raises `InvalidArgument`."""
+        params, options = params or SamplingParams(), options or RequestOptions()
+        token_ids = self._tokenise(prompt)
+        room = self._max_model_len - len(token_ids)
+        if room < 1:
+            raise InvalidArgument(
+                "prompt", prompt, f"has {len(token_ids)} tokens; at most {self._max_model_len - 1} are allowed"
+            )
+        if params.stop and self.tokenizer is None:
+            raise InvalidArgument("stop", params.stop, "stop strings need a tokenizer, and this engine has none")
+        for field in ("n", "beam_width"):
+            if getattr(params, field) > self._config.max_num_seqs:
+                raise InvalidArgument(
+                    field, getattr(params, field), f"at most max_num_seqs={self._config.max_num_seqs}"
+                )
+        stops = set(params.stop_token_ids) if params.ignore_eos else self.eos.union(params.stop_token_ids)
+        salt = options.cache_salt
+        if salt is None:
+            salt = "" if self._config.enable_prefix_caching else secrets.token_hex(16)
+        now = time.monotonic()
+        request = Request(
+            request_id=request_id or f"request-{next(self._names)}",
+            token_ids=token_ids,
+            num_prompt_tokens=len(token_ids),
+            params=params,
+            max_total_tokens=len(token_ids) + min(params.max_tokens, room),
+            stop_token_ids=frozenset(token for token in stops if 0 <= token < self._vocab_size),  # others never come
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            priority=options.priority,
+            tenant=options.tenant,
+            hash_root=hashing.root(salt),
+            steered=params.beam_width > 1,
+            arrival_time=now,
+        )
+        for name, timeout in (
+            ("queue_deadline", options.queue_timeout or self._config.queue_timeout),
+            ("deadline", options.timeout or self._config.timeout),
+        ):
+            if timeout is not None:
+                setattr(request, name, now + timeout)
+        request.hash_blocks(self._config.block_size)
+        self._plugins.hook.paged_request_filter(request=request)
+        return request
+
+    def _tokenise(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidArgument("prompt", prompt, "this engine has no tokenizer; send token ids")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise InvalidArgument(
+                    "prompt", prompt, f"must be valid Unicode: {error.reason} at {error.start}"
+                ) from None
+            token_ids: list[int] = self.tokenizer(prompt).input_ids
+        else:
+            try:
+                token_ids = [operator.index(token) for token in prompt]
+            except TypeError as error:
+                raise InvalidArgument("prompt", prompt, f"must be text or a sequence of token ids: {error}") from None
+        if not token_ids:
+            raise InvalidArgument("prompt", prompt, "must have at least one token")
+        # Of text too: tokenizers may have added tokens that the model has no embedding for.
+        at = next((at for at, token in enumerate(token_ids) if not 0 <= token < self._vocab_size), None)
+        if at is not None:
+            raise InvalidArgument(f"prompt[{at}]", token_ids[at], f"must be a token id in 0..{self._vocab_size - 1}")
+        return token_ids
+
+
+def sibling(request: Request, index: int) -> Request:
+    """Another output of the same prompt, with a seed of its own; it shares the prompt's blocks."""
+    return dataclasses.replace(
+        request,
+        index=index,
+        token_ids=list(request.token_ids),
+        block_hashes=list(request.block_hashes),
+        seed=(request.seed + index * _GOLDEN) % 2**63,
+    )
+
+
+def spread(params: Spread, prompts: Sequence[Prompt]) -> Sequence[SamplingParams]:
+    """Parameters for each prompt. Raises `InvalidArgument` for a list of another length, and for a bare string."""
+    if isinstance(prompts, str):
+        raise InvalidArgument("prompts", prompts, "must be a list of prompts")
+    count = len(prompts)
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise InvalidArgument("params", f"{len(params)} SamplingParams", f"one, or as many as the {count} prompts")
+    return params
