@@ -18,6 +18,7 @@ from paged_backend.bench import commands as bench_commands
 from paged_backend.errors import InvalidArgument, PagedBackendError
 from paged_backend.plugins.manager import PluginManager
 from paged_backend.request import SamplingParams
+from paged_backend.simulate import commands as simulate_commands
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +36,7 @@ app = typer.Typer(
 models_app = typer.Typer(help="Models this package can fetch by itself.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 app.add_typer(bench_commands.app, name="bench")
+app.command("simulate")(simulate_commands.simulate_command)
 
 Model = Annotated[str, typer.Option(help="Local directory, hub id, or a name of `paged-backend models list`.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]

@@ -199,7 +199,23 @@ class Engine:
         request_id: str | None = None,
     ) -> Request:
         """Tokenise and validate; nothing is accepted yet. May be called from any thread. Raises `InvalidArgument`."""
-        return self.intake.make(prompt, params, options, request_id)
+        request = self.intake.make(prompt, params, options, request_id)
+        if request.steered:
+            self._check_beams(request)
+        return request
+
+    def _check_beams(self, request: Request) -> None:
+        """Beams go on together, so all of a search must fit into the cache at once; they share only the prompt."""
+        width, tables = request.params.beam_width, self.tables
+        apart = tables.blocks_for(request.max_total_tokens - request.num_prompt_tokens) + 2
+        needed = len(tables.groups) * (tables.blocks_for(request.num_prompt_tokens) + width * apart)
+        if needed > tables.pool.num_blocks:
+            raise InvalidArgument(
+                "beam_width",
+                width,
+                f"takes up to {needed} KV blocks with {request.num_prompt_tokens} prompt tokens and "
+                f"max_tokens={request.params.max_tokens}; the cache has {tables.pool.num_blocks}",
+            )
 
     def enqueue(self, request: Request) -> None:
         """Accept a request made by `make_request`, however many wait: from here on it ends exactly once.
@@ -344,7 +360,7 @@ class Engine:
             sampled = self._runner.execute(plan)
         finally:
             self._scheduler.end_step()
-        searches: list[Request] = []
+        complete: dict[str, _Live] = {}
         for request, got in zip(plan.sampling, sampled, strict=True):
             live = self._live.get(request.request_id)
             if live is None:
@@ -352,10 +368,10 @@ class Engine:
             if isinstance(got, int):
                 outputs.append(self._commit(request, got))  # one by one: those before an error are kept
             elif live.search is not None and live.search.offer(request, got):
-                searches.append(request)
-        for request in searches:
-            if request.request_id in self._live:
-                outputs += self._advance_beams(self._live[request.request_id])
+                complete[request.request_id] = live
+        for request_id, live in complete.items():
+            if request_id in self._live:
+                outputs += self._advance_beams(live)
         seconds = time.perf_counter() - began
         self._learn(plan, seconds)
         self._steps += 1
@@ -441,7 +457,7 @@ class Engine:
         for place, (parent, token) in enumerate(chosen):
             if first_child[parent] != place:
                 source = parents[parent]
-                beam = unused.pop() if unused else self._new_beam(source)
+                beam = unused.pop() if unused else dataclasses.replace(source, slot=-1, swapped=[])
                 beam.token_ids = [*source.token_ids, token]
                 search.beams[place] = beam
                 forks.append((source, beam))
@@ -451,9 +467,6 @@ class Engine:
             parents[parent].token_ids.append(chosen[place][1])
             self._scheduler.steered(parents[parent])
         return []
-
-    def _new_beam(self, source: Request) -> Request:
-        return dataclasses.replace(source, arrival_index=next(self._arrivals), slot=-1, swapped=[])
 
     def _end_beams(self, request: Request, search: BeamSearch) -> list[RequestOutput]:
         """The best finished outputs, in order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -51,7 +52,7 @@ def throughput(
         raise InvalidArgument("peer", peer, "must be hf or none")
     if output is not None and not output.absolute().parent.is_dir():
         raise InvalidArgument("output", str(output), "its directory does not exist")
-    fields = _fields(setting or [])
+    fields = settings_fields(setting or [], ("model", "dtype", "device"))
     if peer == "hf":
         fields.setdefault("gpu_memory_utilization", 0.5)  # both are on the GPU at once
 
@@ -81,14 +82,15 @@ def throughput(
     _show(result)
 
 
-def _fields(settings: list[str]) -> dict[str, object]:
+def settings_fields(settings: list[str], options: Sequence[str]) -> dict[str, object]:
+    """EngineConfig fields of `--set NAME=VALUE`, as text. Raises `InvalidArgument` for those with an option."""
     fields: dict[str, object] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals:
             raise InvalidArgument("set", setting, "must be NAME=VALUE")
-        if name in ("model", "dtype", "device"):
-            raise InvalidArgument("set", setting, f"use --{name}")
+        if name in options:
+            raise InvalidArgument("set", setting, f"use --{name.replace('_', '-')}")
         fields[name] = value
     return fields
 

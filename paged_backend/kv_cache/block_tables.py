@@ -52,7 +52,7 @@ class BlockTables:
 
     def blocks(self, slot: int) -> list[int]:
         """The blocks the slot holds in all groups, first positions last: in order of least use to others."""
-        held = self.array[:, slot, : self.lengths[slot]][:, ::-1]
+        held = self.array[:, slot, : self.lengths[slot]].T[::-1]
         found: list[int] = held[held > 0].tolist()
         return found
 
@@ -69,7 +69,7 @@ class BlockTables:
         if missing * len(self.groups) > self.pool.num_free:
             return False
         blocks = self.pool.allocate(missing * len(self.groups))
-        self.array[:, slot, length : length + missing] = np.reshape(blocks, (len(self.groups), missing))
+        self.array[:, slot, length : length + missing] = np.array(blocks).reshape(len(self.groups), -1)
         self.lengths[slot] += missing
         return True
 
@@ -78,7 +78,9 @@ class BlockTables:
         count = len(slots) * len(self.groups)
         if count > self.pool.num_free:
             return False
-        self.array[:, slots, self.lengths[slots]] = np.reshape(self.pool.allocate(count), (len(self.groups), -1))
+        self.array[:, slots, self.lengths[slots]] = np.array(self.pool.allocate(count), dtype=np.int32).reshape(
+            len(self.groups), -1
+        )
         self.lengths[slots] += 1
         return True
 
@@ -88,7 +90,7 @@ class BlockTables:
             first = group.first_needed(position) // self.block_size
             row = self.array[index, slot, self._first[index, slot] : first]
             if row.size:
-                self.pool.release(row[row > 0].tolist())
+                self.pool.release(row[row > 0][::-1].tolist())
                 row[:] = 0
                 self._first[index, slot] = first
 

@@ -27,7 +27,7 @@ class PrefixCache:
 
     def match(self, hashes: Sequence[bytes], most: int) -> int:
         """How many blocks, at most `most`, a new request need not compute."""
-        tables, length = self._tables, most
+        tables, length = self._tables, min(most, len(hashes))
         for index, group in enumerate(tables.groups):
             if group.keeps_all:
                 length = next((i for i in range(length) if not self._has(index, hashes[i])), length)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from paged_backend.runner.sampling import Sampler
     from paged_backend.scheduler.policy import SchedulingPolicy
     from paged_backend.scheduler.preemption import PreemptionPolicy
+    from paged_backend.simulate.router import Router
 
 # Imports are inside: the command line loads this module and must not load torch.
 
@@ -67,6 +68,21 @@ def paged_eviction_policy(name: str, config: EngineConfig) -> EvictionPolicy | N
     from paged_backend.kv_cache.eviction import LeastRecentlyUsed
 
     return LeastRecentlyUsed() if name == "lru" else None
+
+
+@hookimpl(trylast=True)
+def paged_router(name: str, config: EngineConfig) -> Router | None:
+    """ "round-robin", "least-loaded" and "prefix-affinity"."""
+    from paged_backend.simulate.router import LeastLoaded, PrefixAffinity, RoundRobin
+
+    match name:
+        case "round-robin":
+            return RoundRobin()
+        case "least-loaded":
+            return LeastLoaded()
+        case "prefix-affinity":
+            return PrefixAffinity()
+    return None
 
 
 @hookimpl(trylast=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from paged_backend.runner.sampling import LogitsProcessor, Sampler
     from paged_backend.scheduler.policy import SchedulingPolicy
     from paged_backend.scheduler.preemption import PreemptionPolicy
+    from paged_backend.simulate.router import Router
     from paged_backend.stats import StepStats
 
 hookspec = pluggy.HookspecMarker("paged_backend")
@@ -51,6 +52,11 @@ def paged_preemption_policy(name: str, config: EngineConfig) -> PreemptionPolicy
 @hookspec(firstresult=True)
 def paged_eviction_policy(name: str, config: EngineConfig) -> EvictionPolicy | None:
     """Make the eviction policy called `name`: which cached block goes first. Asked once for each tier of blocks."""
+
+
+@hookspec(firstresult=True)
+def paged_router(name: str, config: EngineConfig) -> Router | None:
+    """Make the router called `name`: which replica a request goes to. `paged-backend simulate` asks it."""
 
 
 @hookspec(firstresult=True)

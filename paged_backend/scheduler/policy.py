@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -114,8 +115,10 @@ class WaitingQueue:
 
     def __init__(self, policy: SchedulingPolicy) -> None:
         self._policy = policy
-        self._heap: list[tuple[Any, int, Request]] = []
-        self._members: dict[Request, tuple[Any, int]] = {}
+        self._heap: list[tuple[Any, int, int, Request]] = []
+        self._members: dict[Request, int] = {}
+        """The number of the entry that counts."""
+        self._numbers = itertools.count()
 
     def __len__(self) -> int:
         return len(self._members)
@@ -127,16 +130,17 @@ class WaitingQueue:
         return iter(self._members)
 
     def add(self, request: Request) -> None:
-        """Let the request wait."""
-        request.sort_key = self._policy.key(request)
-        self._members[request] = entry = request.rank
-        heapq.heappush(self._heap, (*entry, request))
+        """Let the request wait. All beams of a search keep the key of the first."""
+        if request.sort_key is None or not request.steered:
+            request.sort_key = self._policy.key(request)
+        self._members[request] = number = next(self._numbers)
+        heapq.heappush(self._heap, (*request.rank, number, request))
 
     def peek(self) -> Request | None:
         """The next request to run, left in the queue."""
         while self._heap and not self._waits(self._heap[0]):
             heapq.heappop(self._heap)
-        return self._heap[0][2] if self._heap else None
+        return self._heap[0][3] if self._heap else None
 
     def remove(self, request: Request) -> None:
         """Take the request out, wherever it stands."""
@@ -145,5 +149,5 @@ class WaitingQueue:
             self._heap = [entry for entry in self._heap if self._waits(entry)]
             heapq.heapify(self._heap)
 
-    def _waits(self, entry: tuple[Any, int, Request]) -> bool:
-        return self._members.get(entry[2]) == entry[:2]
+    def _waits(self, entry: tuple[Any, int, int, Request]) -> bool:
+        return self._members.get(entry[3]) == entry[2]

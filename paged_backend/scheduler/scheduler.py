@@ -44,6 +44,7 @@ class Scheduler:
         self.preemption = preemption or LowestRanked(swap=False)
         self.costs = costs or PreemptionCosts()
         self.prefix_cache = PrefixCache(tables, host)
+        self._displaces = type(policy).displaces is not SchedulingPolicy.displaces
         self.waiting = WaitingQueue(policy)
         self.num_preempted = self.num_swapped = self.num_cached_tokens = 0
         """Since the start; the last counts prompt tokens that were not computed."""
@@ -269,11 +270,19 @@ class Scheduler:
         return spare - needed, count
 
     def _displace(self, waiting: Request, plan: StepPlan) -> bool:
-        """Preempt one request whose room the policy gives to a waiting one."""
+        """Preempt one request whose room a waiting one may have.
+
+        The policy says whose. Beams that wait for others of their search, which may be in the queue, also make room
+        for whoever ranks before them: else searches could hold what the others need, for ever.
+        """
+        idle = set(np.flatnonzero(self._steered & (self._length == self._computed)).tolist())
+        if not idle and not self._displaces:
+            return False
         victims = [
             request
             for request in self.running
-            if request not in self._chosen and self.policy.displaces(waiting, request)
+            if request not in self._chosen
+            and (self.policy.displaces(waiting, request) or (request.slot in idle and request.rank > waiting.rank))
         ]
         if not victims:
             return False
@@ -338,7 +347,7 @@ class Scheduler:
         self._computed[plan.slots] += plan.counts * plan.num_steps
         plan.samples = plan.starts + plan.counts == self._length[plan.slots]
         sampled = plan.slots[plan.samples]
-        plan.sampling = [self._at(slot) for slot in sampled.tolist()]
+        plan.sampling = list(map(self._at, sampled.tolist()))
         self._length[sampled] += np.where(self._steered[sampled], 0, plan.num_steps)
         plan.loads, self._loads = [request for request in self._loads if request.slot >= 0], []
         plan.moves.clears = self.tables.pool.take_to_clear()
@@ -377,6 +386,7 @@ class Scheduler:
         self._requests[slot] = None
         self._num_running -= 1
         self._length[slot] = self._computed[slot] = self._limit[slot] = 0
+        self._steered[slot] = False
         request.slot, request.status = -1, RequestStatus.WAITING
         self.policy.stopped(request)
 
