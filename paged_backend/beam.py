@@ -5,18 +5,25 @@ Scores, order and stopping are those of transformers' `generate(num_beams=...)`;
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from paged_backend.request import Request
+from paged_backend.request import FinishReason, Request, RequestOutput
+from paged_backend.scheduler.scheduler import Scheduler
+from paged_backend.text.output import whole_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Candidates = list[tuple[int, float]]
 """Token ids and their log-probabilities, the likeliest first."""
 
 
 class BeamSearch:
-    """The state of one search. Pure: whoever owns it forks and frees the beams' blocks as `advance` says."""
+    """The state of one search. Each beam is a request of its own to the scheduler, which forks and frees its blocks."""
 
     def __init__(self, first: Request) -> None:
         """`first` is the only beam until it has been continued for the first time."""
@@ -34,10 +41,7 @@ class BeamSearch:
         return len(self._candidates) == len(self.beams)
 
     def advance(self) -> list[tuple[int, int]]:
-        """The next beams, as (index in `beams` of the one continued, token); [] when the search has ended.
-
-        The owner replaces `beams` accordingly, in the same order.
-        """
+        """The next beams, as (index in `beams` of the one continued, token); [] when the search has ended."""
         width, first = self.params.beam_width, self.beams[0]
         continued = sorted(
             (
@@ -61,6 +65,66 @@ class BeamSearch:
             return []
         self._scores = [score for score, _, _ in open_beams]
         return [(index, token) for _, index, token in open_beams]
+
+    def branch(self, chosen: list[tuple[int, int]], scheduler: Scheduler) -> None:
+        """Replace `beams` by what `advance` chose.
+
+        The first continuation of a beam takes its place, the others fork from it; a beam without any gives its blocks
+        back.
+        """
+        parents = self.beams
+        first = {parent: place for place, (parent, _) in reversed(list(enumerate(chosen)))}
+        unused = [beam for index, beam in enumerate(parents) if index not in first]
+        for beam in unused:
+            scheduler.release(beam)
+        self.beams = [parents[parent] for parent, _ in chosen]
+        forks: list[tuple[Request, Request]] = []
+        for place, (parent, token) in enumerate(chosen):
+            if first[parent] != place:
+                source = parents[parent]
+                beam = unused.pop() if unused else dataclasses.replace(source, slot=-1, swapped=[])
+                beam.token_ids = [*source.token_ids, token]
+                self.beams[place] = beam
+                forks.append((source, beam))
+        for source, beam in forks:
+            scheduler.fork(source, beam)
+        for parent, place in first.items():
+            parents[parent].token_ids.append(chosen[place][1])
+            scheduler.steered(parents[parent])
+
+    @property
+    def best(self) -> list[tuple[float, list[int]]]:
+        """The `n` best of `finished`."""
+        return self.finished[: self.params.n]
+
+    @property
+    def reasons(self) -> list[FinishReason]:
+        """Why each of the best ended."""
+        return ["stop" if tokens[-1] in self.beams[0].stop_token_ids else "length" for _, tokens in self.best]
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+        """Of the best; a stop token's own text is not part of it. Raises what the tokenizer does."""
+        prompt = self.beams[0].token_ids[: self.beams[0].num_prompt_tokens]
+        return [
+            "" if tokenizer is None else whole_text(tokenizer, prompt, tokens[:-1] if reason == "stop" else tokens)
+            for (_, tokens), reason in zip(self.best, self.reasons, strict=True)
+        ]
+
+    def outputs(self, last: RequestOutput, texts: list[str], reasons: list[FinishReason]) -> list[RequestOutput]:
+        """The best, in order; `last` has what they have in common."""
+        return [
+            dataclasses.replace(
+                last,
+                text=text,
+                token_ids=tokens,
+                num_output_tokens=len(tokens),
+                finish_reason=reason,
+                finished=index == len(texts) - 1,
+                index=index,
+                score=score,
+            )
+            for index, ((score, tokens), text, reason) in enumerate(zip(self.best, texts, reasons, strict=True))
+        ]
 
     def _has_ended(self, best: np.float32, length: int) -> bool:
         if len(self.finished) < self.params.beam_width:

@@ -81,7 +81,8 @@ class EngineConfig(CheckedModel):
     ageing_tokens_per_second: float = Field(100.0, ge=0)
     """Under "shortest-remaining": waiting a second is worth this many tokens less."""
     preemption_policy: str = "auto"
-    """How preempted requests come back: recompute, swap (through `swap_space_bytes`), or auto, the cheaper one."""
+    """How preempted requests and evicted prefixes come back: recompute, swap (through `swap_space_bytes`), or auto,
+    the cheaper one as measured."""
     eviction_policy: str = "lru"
     """Which cached block goes first when room is needed."""
     attention_backend: str = "reference"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import copy
-import dataclasses
 import heapq
 import itertools
 import logging
@@ -19,25 +17,18 @@ from paged_backend.beam import BeamSearch
 from paged_backend.config import EngineConfig
 from paged_backend.errors import DeadlineExceeded, EngineDead, InvalidArgument, Overloaded
 from paged_backend.intake import Intake, Prompt, Spread, sibling, spread
-from paged_backend.kv_cache.block_pool import BlockPool
-from paged_backend.kv_cache.block_tables import BlockTables
-from paged_backend.kv_cache.groups import blocks_needed
-from paged_backend.kv_cache.host_tier import HostTier
-from paged_backend.kv_cache.storage import block_bytes
-from paged_backend.kv_cache.swap import SwapSpace
 from paged_backend.metrics import Metrics
 from paged_backend.outputs import join, output_of
 from paged_backend.plugins.manager import PluginManager
 from paged_backend.request import FinishReason, Request, RequestOptions, RequestOutput, SamplingParams
-from paged_backend.runner.capacity import choose_num_blocks, choose_num_host_blocks
-from paged_backend.runner.check import peak_step_bytes, verify
+from paged_backend.runner.cache import make_cache
+from paged_backend.runner.check import verify
 from paged_backend.runner.loader import LoadedModel, context_length, eos_token_ids
 from paged_backend.runner.runner import ModelRunner, PagedModel
 from paged_backend.scheduler.plan import StepPlan
-from paged_backend.scheduler.preemption import PreemptionCosts
 from paged_backend.scheduler.scheduler import Scheduler
 from paged_backend.stats import EngineStats, StepStats
-from paged_backend.text.output import OutputText, whole_text
+from paged_backend.text.output import OutputText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,9 +66,6 @@ class Engine:
         make = self.plugins.make
         policy = make("paged_scheduling_policy", "scheduling_policy", config.scheduling_policy, config=config)
         preemption = make("paged_preemption_policy", "preemption_policy", config.preemption_policy, config=config)
-        evictions = [
-            make("paged_eviction_policy", "eviction_policy", config.eviction_policy, config=config) for _ in range(2)
-        ]
         backend = make("paged_attention_backend", "attention_backend", config.attention_backend, config=config)
         if model is None:
             loaded = self.plugins.hook.paged_load_model(config=config)
@@ -94,34 +82,24 @@ class Engine:
         self._paged_model = paged = PagedModel(self.model, backend)
         try:
             verify(paged, config.block_size)
-            each = block_bytes([layer.spec for layer in paged.layers], paged.groups, config.block_size, paged.dtype)
-            num_blocks = self._choose_cache(each, min(config.max_model_len or trained, trained))
-            storage = paged.allocate(num_blocks, config.block_size)
-            self._costs = PreemptionCosts(bytes_per_token=each * len(paged.groups) // config.block_size)
-            self._host, swap = None, None
-            if config.swap_space_bytes:
-                self._host = HostTier(choose_num_host_blocks(config, each), evictions[1])
-                swap = SwapSpace(storage, self._host.pool.num_blocks)
-                self._costs.bytes_per_second = swap.measure()
+            cache = make_cache(
+                config,
+                paged,
+                min(config.max_model_len or trained, trained),
+                lambda: make("paged_eviction_policy", "eviction_policy", config.eviction_policy, config=config),
+            )
         except BaseException:
             paged.close()
             raise
-        self.tables = BlockTables(
-            BlockPool(
-                num_blocks, eviction=evictions[0], on_evict=None if self._host is None else self._host.keep_evicted
-            ),
-            block_size=config.block_size,
-            num_slots=config.max_num_seqs,
-            max_model_len=self.max_model_len,
-            groups=paged.groups,
-        )
+        self.tables, self.max_model_len = cache.tables, cache.max_model_len
+        self._host, self._costs = cache.host, cache.costs
         self._runner = ModelRunner(
             paged,
             self.tables,
             max_model_len=self.max_model_len,
             sampler=sampler,
             logits_processors=processors,
-            swap=swap,
+            swap=cache.swap,
         )
         self._scheduler = Scheduler(
             policy,
@@ -161,33 +139,6 @@ class Engine:
             observer("paged_request_first_token"),
         )
         self._on_ended, self._on_step = observer("paged_request_ended"), observer("paged_step_ended")
-
-    def _choose_cache(self, each: int, max_model_len: int) -> int:
-        """How many blocks of `each` bytes: as many as are useful and fit. Sets `max_model_len`."""
-        config, paged = self.config, self._paged_model
-
-        def needed(num_tokens: int) -> int:
-            return blocks_needed(paged.groups, num_tokens, config.block_size, config.step_tokens)
-
-        num_blocks = choose_num_blocks(
-            config, each, paged.device, measure_step=lambda: peak_step_bytes(paged, config, max_model_len)
-        )
-        num_blocks = min(num_blocks, config.max_num_seqs * needed(max_model_len))
-        room = bisect.bisect_right(range(1, max_model_len + 1), num_blocks, key=needed)
-        if config.max_model_len is not None and config.max_model_len > room:
-            raise InvalidArgument(
-                "max_model_len",
-                config.max_model_len,
-                f"the KV cache holds {room} tokens; raise kv_cache_bytes or num_blocks",
-            )
-        if room < 2:
-            raise InvalidArgument(
-                "num_blocks", num_blocks, f"of {config.block_size} tokens; a request needs room for 2"
-            )
-        if max_model_len > room:
-            logger.warning("max_model_len is %d, limited by the KV cache; the model can do %d", room, max_model_len)
-        self.max_model_len = room
-        return num_blocks
 
     # ---- requests
 
@@ -441,57 +392,24 @@ class Engine:
         return output_of(request, [token], text, finished=False)
 
     def _advance_beams(self, live: _Live) -> list[RequestOutput]:
-        """Continue the likeliest beams of a search, or end it."""
+        """Continue the likeliest beams of a search, or end it with its best outputs."""
         search = live.search
         assert search is not None
         chosen = search.advance()
-        if not chosen:
-            return self._end_beams(next(iter(live.sequences)), search)
-        parents = search.beams
-        first_child = {parent: place for place, (parent, _) in reversed(list(enumerate(chosen)))}
-        unused = [beam for index, beam in enumerate(parents) if index not in first_child]
-        for beam in unused:
-            self._scheduler.release(beam)
-        search.beams = [parents[parent] for parent, _ in chosen]
-        forks: list[tuple[Request, Request]] = []
-        for place, (parent, token) in enumerate(chosen):
-            if first_child[parent] != place:
-                source = parents[parent]
-                beam = unused.pop() if unused else dataclasses.replace(source, slot=-1, swapped=[])
-                beam.token_ids = [*source.token_ids, token]
-                search.beams[place] = beam
-                forks.append((source, beam))
-        for source, beam in forks:
-            self._scheduler.fork(source, beam)
-        for parent, place in first_child.items():
-            parents[parent].token_ids.append(chosen[place][1])
-            self._scheduler.steered(parents[parent])
-        return []
-
-    def _end_beams(self, request: Request, search: BeamSearch) -> list[RequestOutput]:
-        """The best finished outputs, in order."""
+        if chosen:
+            search.branch(chosen, self._scheduler)
+            return []
+        (request,) = live.sequences
         request.first_token_time = time.monotonic()
         self._on_first_token(request=request)
-        best = search.finished[: request.params.n]
-        stopped = [tokens[-1] in request.stop_token_ids for _, tokens in best]
-        prompt = request.token_ids[: request.num_prompt_tokens]
-        last = self._end(request, "stop" if stopped[0] else "length")
-        outputs = []
-        for index, ((score, tokens), stop) in enumerate(zip(best, stopped, strict=True)):
-            text = "" if self.tokenizer is None else whole_text(self.tokenizer, prompt, tokens[:-1] if stop else tokens)
-            outputs.append(
-                dataclasses.replace(
-                    last,
-                    text=text,
-                    token_ids=tokens,
-                    num_output_tokens=len(tokens),
-                    finish_reason="stop" if stop else "length",
-                    finished=index == len(best) - 1,
-                    index=index,
-                    score=score,
-                )
-            )
-        return outputs
+        try:
+            texts = search.texts(self.tokenizer)
+        except Exception as error:
+            logger.exception("request %s: its text cannot be decoded", request.request_id)
+            return [self._end(request, "error", error)]
+        reasons = search.reasons
+        last = self._end(request, reasons[0])
+        return search.outputs(last, texts, reasons)
 
     # ---- whole requests
 

@@ -26,7 +26,7 @@ from paged_backend import EngineConfig, InvalidArgument, SamplingParams
             "max_num_batched_tokens=32: must be at least max_num_seqs=64",
         ),
         ({"blocksize": 4}, "blocksize=4: unknown field of EngineConfig; did you mean 'block_size'?"),
-        ({"xyzzy": 4}, "xyzzy=4: unknown field of EngineConfig; the fields are attention_backend, "),
+        ({"xyzzy": 4}, "xyzzy=4: unknown field of EngineConfig; the fields are ageing_seconds, "),
     ],
 )
 def test_a_bad_engine_field_is_named_with_its_bound(fields: dict[str, Any], message: str) -> None:
@@ -83,3 +83,15 @@ def test_a_long_value_is_cut_in_the_message() -> None:
     with pytest.raises(InvalidArgument) as caught:
         SamplingParams(temperature="x" * 10_000)  # type: ignore[arg-type]
     assert len(str(caught.value)) < 400
+
+
+def test_optimize_for_sets_the_budgets_and_each_may_still_be_set() -> None:
+    budgets = {name: EngineConfig(optimize_for=name) for name in ("throughput", "balanced", "latency")}
+    assert [(one.step_tokens, one.prefill_tokens) for one in budgets.values()] == [
+        (8192, 8192),
+        (2048, 1024),
+        (1024, 256),
+    ]
+    own = EngineConfig(optimize_for="latency", max_prefill_tokens=64, max_num_batched_tokens=512)
+    assert (own.step_tokens, own.prefill_tokens) == (512, 64)
+    assert EngineConfig(optimize_for="latency", max_num_seqs=3000).step_tokens == 3000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,16 +14,16 @@ from rich.console import Console
 from rich.table import Table
 
 from paged_backend.bench import shapes, workloads
-from paged_backend.bench.result import ThroughputResult
+from paged_backend.bench.result import ThroughputResult, write_json
 from paged_backend.errors import InvalidArgument
 
 app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 
-
-@app.callback()
-def _group() -> None:
-    # With a callback typer keeps `throughput` a command of the group even while it is the only one.
-    pass
+Output = Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Another EngineConfig field; may be given again."),
+]
 
 
 @app.command()
@@ -40,18 +41,14 @@ def throughput(
         typer.Option(min=1, help="Batch size for the peer to try; may be given again. Default: all, half."),
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each system, in turns.")] = 3,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Another EngineConfig field; may be given again."),
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
+    setting: Setting = None,
+    output: Output = None,
 ) -> None:
     """Compare tokens per second of the engine with a peer on a fixed workload."""
     chosen = workloads.workload(workload)
     if peer not in ("hf", "none"):
         raise InvalidArgument("peer", peer, "must be hf or none")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise InvalidArgument("output", str(output), "its directory does not exist")
+    _check(output)
     fields = settings_fields(setting or [], ("model", "dtype", "device"))
     if peer == "hf":
         fields.setdefault("gpu_memory_utilization", 0.5)  # both are on the GPU at once
@@ -108,3 +105,70 @@ def _show(result: ThroughputResult) -> None:
         ratio = f"{result.ratio(series):.2f}x"
         table.add_row(series.system, *rates, ratio, f"{series.load_seconds:.1f}")
     Console().print(table)
+
+
+@app.command()
+def planning(
+    running: Annotated[
+        list[int] | None, typer.Option(min=1, help="Running requests; may be given again. Default: 16, 64, 256, 1024.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 1000,
+    output: Output = None,
+) -> None:
+    """Measure the host time of planning a step, by the number of running requests."""
+    _check(output)
+    from paged_backend.bench import machine
+    from paged_backend.bench.planning import measure
+
+    table = Table("running", "plan median us", "us a request", "p99 us", "mean us", "commit median us")
+    costs = [measure(count, steps) for count in running or (16, 64, 256, 1024)]
+    for cost in costs:
+        figures = (cost.plan_median_us, cost.plan_median_us / cost.running, cost.plan_p99_us, cost.plan_mean_us)
+        table.add_row(str(cost.running), *(f"{value:.2f}" for value in figures), f"{cost.commit_median_us:.1f}")
+    if output is not None:
+        machine_now = dataclasses.asdict(machine.describe())
+        write_json(output, {"machine": machine_now, "costs": [dataclasses.asdict(cost) for cost in costs]})
+    Console().print(table)
+
+
+@app.command()
+def neighbour(
+    model: Annotated[str, typer.Option(help="Local directory, hub id or known name.")] = "smollm2-135m-instruct",
+    policy: Annotated[str, typer.Option(help="Scheduling policy beside the noisy tenant.")] = "fair-share",
+    noisy_requests: Annotated[int, typer.Option(min=1, help="Requests of the noisy tenant, all at the start.")] = 1000,
+    quiet_requests: Annotated[int, typer.Option(min=1, help="Requests of the quiet tenant.")] = 50,
+    interval: Annotated[float, typer.Option(min=0, help="Seconds between the quiet tenant's requests.")] = 3.0,
+    setting: Setting = None,
+    output: Output = None,
+) -> None:
+    """Measure a quiet tenant's time to first token without, then with a noisy one beside it."""
+    _check(output)
+    fields = settings_fields(setting or [], ("model", "scheduling_policy"))
+    from paged_backend import models
+    from paged_backend.bench import machine
+    from paged_backend.bench.neighbour import Load, measure
+    from paged_backend.config import EngineConfig
+
+    fields = {"max_num_seqs": 4, "max_prefill_tokens": 128, "scheduling_policy": policy} | fields
+    config = EngineConfig(**{"model": str(models.resolve(model)), "dtype": "bfloat16"} | fields)
+    load = Load(quiet_requests=quiet_requests, quiet_interval=interval, noisy_requests=noisy_requests)
+    waits = [measure(config, dataclasses.replace(load, noisy_requests=count)) for count in (0, noisy_requests)]
+    table = Table("noisy requests", "policy", "p50 s", "p99 s", "ratio of p99")
+    for wait in waits:
+        ratio = f"{wait.p99 / waits[0].p99:.2f}x"
+        table.add_row(str(wait.noisy_requests), wait.policy, f"{wait.p50:.3f}", f"{wait.p99:.3f}", ratio)
+    if output is not None:
+        document = {
+            "machine": dataclasses.asdict(machine.describe()),
+            "model": model,
+            "settings": {name: str(value) for name, value in fields.items()},
+            "load": dataclasses.asdict(load),
+            "waits": [dataclasses.asdict(wait) for wait in waits],
+        }
+        write_json(output, document)
+    Console().print(table)
+
+
+def _check(output: Path | None) -> None:
+    if output is not None and not output.absolute().parent.is_dir():
+        raise InvalidArgument("output", str(output), "its directory does not exist")

@@ -56,18 +56,23 @@ class ThroughputResult:
         return series.median_rate / self.series[-1].median_rate
 
     def write(self, path: Path) -> None:
-        """Write JSON to `path`, whole or not at all."""
+        """Write JSON to `path`."""
         document = asdict(self)
         for series, written in zip(self.series, document["series"], strict=True):
             written["tokens_per_second"] = [round(rate, 2) for rate in series.rates]
             written["median_tokens_per_second"] = round(series.median_rate, 2)
             written["ratio"] = round(self.ratio(series), 4)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                file.write(json.dumps(document, indent=2) + "\n")
-            os.chmod(temporary, 0o644)  # mkstemp's is 0600
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_json(path, document)
+
+
+def write_json(path: Path, document: object) -> None:
+    """Write `document` to `path`, whole or not at all."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(json.dumps(document, indent=2) + "\n")
+        os.chmod(temporary, 0o644)  # mkstemp's is 0600
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

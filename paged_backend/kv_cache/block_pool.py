@@ -27,7 +27,7 @@ class BlockPool:
     ) -> None:
         """`on_evict` gets a block and its key just before the block is handed out for other content."""
         self.num_blocks = num_blocks
-        self._on_evict = on_evict
+        self.on_evict = on_evict
         self._free = list(range(num_blocks, 0, -1))
         self._holders = [0] * (num_blocks + 1)
         self._keys: list[bytes | None] = [None] * (num_blocks + 1)
@@ -76,8 +76,8 @@ class BlockPool:
         while len(blocks) < count:
             block = self._cached.pop()
             key = self._forget(block)
-            if self._on_evict is not None:
-                self._on_evict(block, key)
+            if self.on_evict is not None:
+                self.on_evict(block, key)
             blocks.append(block)
         for block in blocks:
             self._holders[block] = 1

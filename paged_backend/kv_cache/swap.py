@@ -44,22 +44,25 @@ class SwapSpace:
             staged = torch.empty(len(batch), self._bytes, dtype=torch.uint8, device=self._device)
             for row, (host, _) in zip(staged, batch, strict=True):
                 row.copy_(self._blocks[host], non_blocking=True)
-            for tensor, part in zip(self._storage.tensors, staged.split(self._sizes, dim=1), strict=True):
+            for tensor, part in zip(self._storage.tensors, torch.split(staged, self._sizes, dim=1), strict=True):
                 self._raw(tensor).index_copy_(0, at, part)
 
     def measure(self) -> float:
-        """Bytes per second of copies of one block, the slower way; contents are left as they are."""
-        pair = (0, 0)  # holds nothing in either place
+        """Bytes per second of copies of 16 blocks, the slower way; the device's contents are left as they are."""
+        hosts = range(min(1, len(self._blocks) - 1), min(17, len(self._blocks)))
         seconds = 0.0
-        for copy in (self.store, self.fetch):
-            copy([pair])  # the first allocates
+        for copy, pairs in (
+            (self.store, [(0, host) for host in hosts]),
+            (self.fetch, [(host, 0) for host in hosts]),
+        ):
+            copy(pairs)  # the first allocates
             self._wait()
             began = time.perf_counter()
             for _ in range(4):
-                copy([pair])
+                copy(pairs)
             self._wait()
             seconds = max(seconds, (time.perf_counter() - began) / 4)
-        return self._bytes / seconds
+        return self._bytes * len(hosts) / seconds
 
     def _batches(self, pairs: Sequence[tuple[int, int]]) -> Iterator[Sequence[tuple[int, int]]]:
         size = max(1, _STAGED_BYTES // self._bytes)

@@ -34,14 +34,14 @@ class PreemptionPolicy(Protocol):
         ...
 
     def swaps(self, num_tokens: int, costs: PreemptionCosts) -> bool:
-        """Whether a victim with so many tokens in the cache is kept in the host tier, as far as that has room."""
+        """Whether so many tokens of a victim, or of an evicted prefix, are kept in the host tier if that has room."""
         ...
 
 
 class LowestRanked:
     """The request that the scheduling policy would run last is preempted, and kept in the host tier if `swap`.
 
-    With `swap=None` the cheaper way is taken.
+    With `swap=None` the cheaper way is taken. So it is for evicted prefixes.
     """
 
     def __init__(self, swap: bool | None) -> None:

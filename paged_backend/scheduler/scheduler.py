@@ -43,6 +43,8 @@ class Scheduler:
         self.max_prefill_tokens = max_prefill_tokens or max_num_batched_tokens
         self.preemption = preemption or LowestRanked(swap=False)
         self.costs = costs or PreemptionCosts()
+        if host is not None:
+            tables.pool.on_evict = self._evicted
         self.prefix_cache = PrefixCache(tables, host)
         self._displaces = type(policy).displaces is not SchedulingPolicy.displaces
         self.waiting = WaitingQueue(policy)
@@ -389,6 +391,12 @@ class Scheduler:
         self._steered[slot] = False
         request.slot, request.status = -1, RequestStatus.WAITING
         self.policy.stopped(request)
+
+    def _evicted(self, block: int, key: bytes) -> None:
+        """A cached block is handed out for other content: a second chance in the host tier, if that is the cheaper."""
+        assert self.host is not None
+        if self.preemption.swaps(self.tables.block_size, self.costs):
+            self.host.keep_evicted(block, key)
 
     def _drop_swapped(self, request: Request) -> None:
         """Let go of the blocks held in the host tier; they stay there until others need the room."""

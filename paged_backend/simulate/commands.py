@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Annotated, TypeVar
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,12 +17,12 @@ from paged_backend.bench.commands import settings_fields
 from paged_backend.config import EngineConfig
 from paged_backend.errors import CheckedModel, InvalidArgument
 from paged_backend.simulate import plots
-from paged_backend.simulate.report import Report, describe, table, write_csv
+from paged_backend.simulate.report import Report, Spread, describe, table, write_csv
 from paged_backend.simulate.reservation import ALLOCATORS, PAGED, RESERVATIONS
 from paged_backend.simulate.setup import Setup
 from paged_backend.simulate.simulation import Run, simulate
 from paged_backend.simulate.step_time import DEVICES, MODELS, Device, MeasuredSteps, ModelShape, fit
-from paged_backend.simulate.trace import SHAREGPT_OUTPUT, SHAREGPT_PROMPT, Trace, burst, generate
+from paged_backend.simulate.trace import NOISY, SHAREGPT_OUTPUT, SHAREGPT_PROMPT, Trace, burst, generate
 from paged_backend.simulate.trace_csv import read_trace, write_trace
 
 Checked = TypeVar("Checked", bound=CheckedModel)
@@ -57,7 +58,8 @@ def simulate_command(
     prefixes: Annotated[int, typer.Option(min=0, help="Shared prompt beginnings.", rich_help_panel=_GENERATED)] = 0,
     prefix_tokens: Annotated[int, typer.Option(min=0, help="Of each.", rich_help_panel=_GENERATED)] = 1024,
     noisy_requests: Annotated[
-        int, typer.Option(min=0, help="Of one more tenant, 'noisy', all at once.", rich_help_panel=_NOISY)
+        int,
+        typer.Option(min=0, help="Of one more tenant, 'noisy', all at once; also run without.", rich_help_panel=_NOISY),
     ] = 0,
     noisy_prompt: Annotated[int, typer.Option(min=1, help="Tokens of each.", rich_help_panel=_NOISY)] = 8192,
     noisy_output: Annotated[int, typer.Option(min=1, help="Tokens of each.", rich_help_panel=_NOISY)] = 128,
@@ -83,9 +85,13 @@ def simulate_command(
         typer.Option(help="round-robin, least-loaded, prefix-affinity or a plugin's.", rich_help_panel=_REPLICAS),
     ] = "round-robin",
     scheduling_policy: Annotated[
-        str,
-        typer.Option(help="fcfs, priority, shortest-remaining, fair-share or a plugin's.", rich_help_panel=_REPLICAS),
-    ] = "fcfs",
+        list[str] | None,
+        typer.Option(
+            help="fcfs, priority, shortest-remaining, fair-share or a plugin's; given again, they are compared. "
+            "Default: fcfs.",
+            rich_help_panel=_REPLICAS,
+        ),
+    ] = None,
     reserve: Annotated[
         list[str] | None,
         typer.Option(
@@ -122,11 +128,13 @@ def simulate_command(
     if rate is not None and not rate > 0:
         raise InvalidArgument("rate", rate, "must be more than 0")
     fields = settings_fields(setting or [], ("model", "device", "scheduling_policy"))
-    config = EngineConfig(**fields | {"scheduling_policy": scheduling_policy})
+    policies = list(dict.fromkeys(scheduling_policy or ["fcfs"]))
+    configs = [EngineConfig(**fields | {"scheduling_policy": policy}) for policy in policies]
     shape = _named("model", model, MODELS, ModelShape)
     machine = _named("device", device, DEVICES, Device)
     measured = None if step_time is None else _measured(step_time)
-    setups = [Setup(config, shape, machine, mode, allocator, measured) for mode in dict.fromkeys(reserve or [PAGED])]
+    modes = list(dict.fromkeys(reserve or [PAGED]))
+    setups = [Setup(config, shape, machine, mode, allocator, measured) for config in configs for mode in modes]
     if trace is None:
         arrivals = generate(
             requests or 10_000,
@@ -144,24 +152,27 @@ def simulate_command(
         arrivals = read_trace(trace)
         arrivals = arrivals if requests is None else arrivals.first(requests)
         arrivals = arrivals if rate is None else arrivals.at_rate(rate)
+    quiet = arrivals
     if noisy_requests:
-        arrivals = arrivals.and_also(burst(noisy_requests, noisy_prompt, noisy_output, noisy_at, "noisy"))
+        arrivals = arrivals.and_also(burst(noisy_requests, noisy_prompt, noisy_output, noisy_at))
     if save_trace is not None:
         write_trace(arrivals, save_trace)
 
     runs, reports = [], []
     for setup in setups:
-        began = time.perf_counter()
-        runs.append(_run(arrivals, setup, replicas, router))
-        reports.append(Report.of(runs[-1], time.perf_counter() - began))
+        for sent in (quiet, arrivals) if noisy_requests else (arrivals,):
+            began = time.perf_counter()
+            label = _label(setup, len(policies) > 1, len(modes) > 1, noisy_requests > 0 and sent is quiet)
+            runs.append(_run(sent, setup, replicas, router, label))
+            reports.append(Report.of(runs[-1], label, time.perf_counter() - began))
     if csv is not None:
-        write_csv(runs, csv)
+        write_csv(runs, reports, csv)
     if output is not None:
         settings = {
             "model": shape.model_dump(),
             "device": machine.model_dump(),
             "step_time": "roofline" if measured is None else measured.model_dump(),
-            "config": config.model_dump(exclude_unset=True, exclude_none=True),
+            "config": configs[0].model_dump(exclude_unset=True, exclude_none=True, exclude={"scheduling_policy"}),
             "max_model_len": setups[0].max_model_len,
             "num_blocks": setups[0].num_blocks,
             "replicas": replicas,
@@ -170,17 +181,47 @@ def simulate_command(
             "seed": seed if trace is None else None,
         }
         document = {"settings": settings, "trace": describe(arrivals), "runs": [each.document() for each in reports]}
+        if noisy_requests:
+            document["noise"] = {
+                "requests": noisy_requests,
+                "prompt_tokens": noisy_prompt,
+                "output_tokens": noisy_output,
+                "at_seconds": noisy_at,
+                "p99_ttft_of_others_with_noise_to_without": _ratios(runs, reports),
+            }
         output.write_text(json.dumps(_finite(document), indent=2) + "\n")
     if png is not None:
-        plots.write_png(runs, reports, _title(arrivals, setups[0], replicas), png)
+        plots.write_png(runs, reports, _title(arrivals, setups[0], replicas, len(policies) == 1), png)
     Console().print(table(reports))
+    for label, ratio in _ratios(runs, reports).items() if noisy_requests else ():
+        Console().print(f"{label}: p99 TTFT of the others is {ratio:,.2f} times that without noise", highlight=False)
 
 
-def _run(trace: Trace, setup: Setup, replicas: int, router: str) -> Run:
+def _label(setup: Setup, by_policy: bool, by_mode: bool, alone: bool) -> str:
+    """What tells a run from the others of the command."""
+    parts = [setup.config.scheduling_policy] if by_policy else []
+    parts += [setup.reserve] if by_mode or not by_policy else []
+    return ", ".join(parts + (["without noise"] if alone else []))
+
+
+def _ratios(runs: list[Run], reports: list[Report]) -> dict[str, float]:
+    """By run with noise: how many times its p99 TTFT, but for the noisy tenant's, is that of the run before it."""
+    found: dict[str, float] = {}
+    for at in range(1, len(runs), 2):
+        p99 = []
+        for run in runs[at - 1 : at + 1]:
+            trace = run.outcomes.trace
+            others = np.array([name != NOISY for name in trace.tenants])[trace.tenant]
+            p99.append(Spread.of(run.outcomes.ttft[others]).p99)
+        found[reports[at].label] = p99[1] / p99[0]
+    return found
+
+
+def _run(trace: Trace, setup: Setup, replicas: int, router: str, label: str) -> Run:
     """Simulate, with a progress bar while stderr is a terminal."""
     console = Console(stderr=True)
     columns = (
-        TextColumn(setup.reserve),
+        TextColumn(label),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.completed:,.0f} requests"),
@@ -215,11 +256,12 @@ def _json_object(field: str, path: Path) -> dict[str, object]:
     return found
 
 
-def _title(trace: Trace, setup: Setup, replicas: int) -> str:
+def _title(trace: Trace, setup: Setup, replicas: int, one_policy: bool) -> str:
     rate = "all at once" if math.isinf(trace.rate) else f"at {trace.rate:,.4g}/s"
     lengths = f"mean prompt {trace.prompt.mean():.0f}, output {trace.output.mean():.0f} tokens"
     where = f"{setup.model.name} on {f'{replicas} ' if replicas > 1 else ''}{setup.device.name}"
-    return f"Simulated: {len(trace):,} requests {rate} ({lengths}), {where}, {setup.config.scheduling_policy}"
+    policy = f", {setup.config.scheduling_policy}" if one_policy else ""
+    return f"Simulated: {len(trace):,} requests {rate} ({lengths}), {where}{policy}"
 
 
 def _finite(value: object) -> object:

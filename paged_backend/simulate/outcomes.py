@@ -20,6 +20,7 @@ class Outcomes:
     refused: npt.NDArray[np.bool_]
     """It was too long for the replica, or the waiting queue was full."""
     replica: npt.NDArray[np.int64]
+    """Where it was sent; -1 if it was too long for any."""
     started: npt.NDArray[np.float64]
     """Seconds at which it first got a slot; NaN if never."""
     first: npt.NDArray[np.float64]
@@ -28,22 +29,32 @@ class Outcomes:
     preemptions: npt.NDArray[np.int64]
     cached: npt.NDArray[np.int64]
     """Prompt tokens found in the cache at the first slot."""
-    num_ended: int = 0
-    """Finished and refused ones."""
+    num_ended: int
+    """Finished and refused ones, so far."""
 
     @classmethod
     def of(cls, trace: Trace, max_model_len: int) -> Outcomes:
         """Nothing has happened yet."""
-        count = len(trace)
-        times = [np.full(count, np.nan) for _ in range(3)]
-        counts = [np.zeros(count, dtype=np.int64) for _ in range(3)]
         output = np.minimum(trace.output, max_model_len - trace.prompt)
-        return cls(trace, output, output < 1, counts[0], *times, counts[1], counts[2])
+        nothing, never = np.zeros(len(trace), dtype=np.int64), np.full(len(trace), np.nan)
+        return cls(
+            trace,
+            output,
+            refused=output < 1,
+            replica=nothing - 1,
+            started=never,
+            first=never.copy(),
+            ended=never.copy(),
+            preemptions=nothing,
+            cached=nothing.copy(),
+            num_ended=int((output < 1).sum()),
+        )
 
     @property
     def finished(self) -> npt.NDArray[np.bool_]:
         """Which requests got all their tokens."""
-        return ~np.isnan(self.ended)
+        ended: npt.NDArray[np.bool_] = ~np.isnan(self.ended)
+        return ended
 
     @property
     def ttft(self) -> npt.NDArray[np.float64]:
@@ -54,7 +65,8 @@ class Outcomes:
     def tpot(self) -> npt.NDArray[np.float64]:
         """Mean seconds from token to token; NaN for outputs of one."""
         gaps = np.where(self.output > 1, self.output - 1, np.nan)
-        return (self.ended - self.first) / gaps
+        seconds: npt.NDArray[np.float64] = (self.ended - self.first) / gaps
+        return seconds
 
     @property
     def latency(self) -> npt.NDArray[np.float64]:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from paged_backend.errors import InvalidArgument
 from paged_backend.simulate.report import Report
 from paged_backend.simulate.simulation import Run
+from paged_backend.simulate.trace import NOISY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,8 +29,16 @@ def require_matplotlib() -> None:
 
 
 def write_png(runs: list[Run], reports: list[Report], title: str, path: Path) -> None:
-    """Of one run: latencies and load over time. Of several: how each uses the memory, and how many requests fit."""
-    figure = _run_figure(runs[0], title) if len(runs) == 1 else _memory_figure(reports, title)
+    """Of one run: latencies and load over time.
+
+    Of several that reserve memory differently: how each uses it, and how many requests fit. Of other runs: latencies.
+    """
+    if len(runs) == 1:
+        figure = _run_figure(runs[0], title)
+    elif len({report.reserve for report in reports}) > 1:
+        figure = _memory_figure(reports, title)
+    else:
+        figure = _latency_figure(runs, reports, title)
     figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
 
 
@@ -53,7 +62,7 @@ def _plain(axes: Axes, title: str, x: str, y: str) -> None:
 def _memory_figure(reports: list[Report], title: str) -> Figure:
     figure = _figure(10, 3.2, title)
     shares, fit = figure.subplots(1, 2, width_ratios=[2.2, 1], sharey=True)
-    names = [report.reserve for report in reports]
+    names = [report.label for report in reports]
     at = np.arange(len(names))
     left = np.zeros(len(names))
     for label, color, part in (
@@ -92,20 +101,45 @@ def _memory_figure(reports: list[Report], title: str) -> Figure:
     return figure
 
 
+def _latency_figure(runs: list[Run], reports: list[Report], title: str) -> Figure:
+    figure = _figure(10, 3.6, title)
+    first, gap = figure.subplots(1, 2)
+    for run, report in zip(runs, reports, strict=True):
+        trace = run.outcomes.trace
+        quiet = np.array([name != NOISY for name in trace.tenants])[trace.tenant]
+        _cumulative(first, run.outcomes.ttft[quiet] * 1e3, report.label)
+        _cumulative(gap, run.outcomes.tpot[quiet] * 1e3, report.label)
+    others = f", of all tenants but {NOISY!r}" if NOISY in runs[-1].outcomes.trace.tenants else ""
+    for axes, name in ((first, "TTFT"), (gap, "TPOT")):
+        _finish_cumulative(axes, f"{name}{others}")
+        axes.legend(fontsize=8, frameon=False, loc="lower right")
+    return figure
+
+
+def _finish_cumulative(axes: Axes, name: str) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    _plain(axes, f"{name} (p50 and p99 marked)", "ms", "part of the requests")
+    axes.set_ylim(0, 1.02)
+    low, high = axes.get_xlim()
+    if low > 0 and high > 8 * low:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(color=_GRID)
+
+
 def _run_figure(run: Run, title: str) -> Figure:
     figure = _figure(10, 6.4, title)
     (first, gap), (load, memory) = figure.subplots(2, 2)
     outcomes, trace = run.outcomes, run.outcomes.trace
-    tenants = [(name or "all", trace.tenant == index) for index, name in enumerate(trace.tenants)]
+    tenants = [(name or "others", trace.tenant == index) for index, name in enumerate(trace.tenants)]
     if not 1 < len(tenants) <= 6:
         tenants = [("all", np.ones(len(trace), dtype=bool))]
     for axes, name, values in ((first, "TTFT", outcomes.ttft), (gap, "TPOT", outcomes.tpot)):
         for tenant, rows in tenants:
             _cumulative(axes, values[rows] * 1e3, tenant)
-        _plain(axes, f"{name} (p50 and p99 marked)", "ms", "part of the requests")
-        axes.set_ylim(0, 1.02)
-        axes.set_xscale("log")
-        axes.grid(color=_GRID)
+        _finish_cumulative(axes, name)
         if len(tenants) > 1:
             axes.legend(fontsize=8, frameon=False)
     seconds, series = run.timeline.series(run.end)
@@ -136,4 +170,5 @@ def _cumulative(axes: Axes, values: npt.NDArray[np.float64], label: str) -> None
     parts = np.arange(1, len(known) + 1) / len(known)
     (line,) = axes.plot(known, parts, lw=1.4, label=label)
     p50, p99 = np.percentile(known, [50, 99])
+    axes.set_xlim(min(known[0], axes.get_xlim()[0]) if axes.lines[1:] else known[0], None)
     axes.plot([p50, p99], [0.5, 0.99], "o", color=line.get_color(), ms=4)

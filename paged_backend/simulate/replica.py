@@ -209,8 +209,9 @@ class Replica:
             budget = min(budget, scheduler.max_prefill_tokens)
         if not waiting:
             self._full = False
-        elif plan.preempted or prefill < budget:
-            self._full = True  # it was not the budget that kept the next one out
+        elif plan.preempted or prefill + len(plan.admitted) < budget - 1:
+            # It was not the budget that kept the next one out. Chunks of one token are not in `prefill`.
+            self._full = True
         self._measure(len(slots) * (steps - 1) / 2, waiting)
 
     def _complete(self) -> None:
@@ -266,7 +267,7 @@ class Replica:
         held = tables.lengths * tables.block_size
         num_held, num_kept = int(held.sum()), int(np.minimum(held, self._limit).sum())
         num_computed = int(self._computed.sum())
-        reserved = num_kept - num_computed
+        reserved = float(num_kept - num_computed)
         # Blocks that several hold are counted once.
         used = tables.pool.num_used * tables.block_size - (num_held - num_computed) - ahead
         if not self._paged:

@@ -51,7 +51,9 @@ class Latencies:
 class Report:
     """One run."""
 
+    label: str
     reserve: str
+    scheduling_policy: str
     replicas: int
     everyone: Latencies
     tenants: dict[str, Latencies]
@@ -71,12 +73,12 @@ class Report:
     running: float
     """Mean requests in one replica while it is busy."""
     memory: MemoryUse
-    """While it was full; where it never was, while the replicas were busy."""
+    """While requests waited for room (blocks or slots); where none did, while the replicas were busy."""
     memory_was_full: bool
 
     @classmethod
-    def of(cls, run: Run, wall_seconds: float) -> Report:
-        """Sum a run up."""
+    def of(cls, run: Run, label: str, wall_seconds: float) -> Report:
+        """Sum a run up; `label` tells it from others."""
         outcomes, trace = run.outcomes, run.outcomes.trace
         capacity = run.setup.num_blocks * run.setup.config.block_size
         whole, full = (run.timeline.memory(capacity, full) for full in (False, True))
@@ -84,7 +86,9 @@ class Report:
         prompts = int(trace.prompt[started].sum())
         names = {name: trace.tenant == index for index, name in enumerate(trace.tenants)}
         return cls(
+            label=label,
             reserve=run.setup.reserve,
+            scheduling_policy=run.setup.config.scheduling_policy,
             replicas=len(run.replicas),
             everyone=_latencies(run, np.ones(len(trace), dtype=bool)),
             tenants={name: _latencies(run, rows) for name, rows in names.items()} if len(names) > 1 else {},
@@ -104,7 +108,9 @@ class Report:
         """As JSON writes it."""
         memory = self.memory
         return {
+            "label": self.label,
             "reserve": self.reserve,
+            "scheduling_policy": self.scheduling_policy,
             "replicas": self.replicas,
             "requests": self.everyone.requests,
             "finished": self.everyone.finished,
@@ -120,7 +126,7 @@ class Report:
             "hit_rate": self.hit_rate,
             "mean_running": self.running,
             "memory": {
-                "measured_while": "full" if self.memory_was_full else "busy",
+                "measured_while": "requests wait for room" if self.memory_was_full else "busy",
                 "replica_seconds": memory.seconds,
                 "capacity_tokens": memory.capacity,
                 "used": memory.used / memory.capacity,
@@ -139,7 +145,7 @@ class Report:
 
 def table(reports: list[Report]) -> Table:
     """One column a run."""
-    shown = Table("", *(report.reserve for report in reports))
+    shown = Table("", *(report.label for report in reports))
     for column in shown.columns[1:]:
         column.justify = "right"
 
@@ -156,31 +162,31 @@ def table(reports: list[Report]) -> Table:
     row("preemptions", [f"{each.preemptions:,}" for each in reports])
     row("prefix hit rate", [f"{each.hit_rate:.1%}" for each in reports])
     row("running, mean", [f"{each.running:,.1f}" for each in reports])
-    row("memory seen while", ["full" if each.memory_was_full else "busy" for each in reports])
-    for name, part in (
-        ("  used", MemoryUse.used),
-        ("  reserved", MemoryUse.reserved),
-        ("  internal fragm.", MemoryUse.internal),
-        ("  external, others", MemoryUse.external),
-    ):
-        row(name, [f"{part.__get__(each.memory) / each.memory.capacity:.1%}" for each in reports])
+    row("memory seen while", ["requests wait" if each.memory_was_full else "busy" for each in reports])
+    for part in ("used", "reserved", "internal", "external"):
+        label = f"  {part}" + {"internal": " fragm.", "external": ", free"}.get(part, "")
+        row(label, [f"{getattr(each.memory, part) / each.memory.capacity:.1%}" for each in reports])
     row("  waste of allocated", [f"{each.memory.waste:.1%}" for each in reports])
     row("  requests that fit", [f"{each.memory.running:,.1f}" if each.memory_was_full else "-" for each in reports])
-    for tenant in reports[0].tenants:
-        row(f"{tenant}: TTFT p50 / p99 ms", [_pair(each.tenants[tenant].ttft) for each in reports])
+    for name in dict.fromkeys(name for each in reports for name in each.tenants):
+        of = [each.tenants.get(name) for each in reports]
+        row(f"{name or 'others'}: TTFT p50 / p99 ms", [_pair(each.ttft) if each else "-" for each in of])
     row("wall s", [f"{each.wall_seconds:,.1f}" for each in reports])
     return shown
 
 
-_COLUMNS = "reserve,request,tenant,arrival,prompt,output,status,replica,queue_seconds,ttft,tpot,latency,cached_tokens,preemptions"
+_COLUMNS = (
+    *("run", "request", "tenant", "arrival", "prompt", "output", "status", "replica"),
+    *("queue_seconds", "ttft", "tpot", "latency", "cached_tokens", "preemptions"),
+)
 
 
-def write_csv(runs: list[Run], path: Path) -> None:
+def write_csv(runs: list[Run], reports: list[Report], path: Path) -> None:
     """One row a request and run, in order of arrival; times in seconds, empty where there is none."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(_COLUMNS.split(","))
-        for run in runs:
+        writer.writerow(_COLUMNS)
+        for run, report in zip(runs, reports, strict=True):
             outcomes, trace = run.outcomes, run.outcomes.trace
             status = np.where(outcomes.finished, "finished", "refused").tolist()
             names = [trace.tenants[index] for index in trace.tenant.tolist()]
@@ -200,7 +206,7 @@ def write_csv(runs: list[Run], path: Path) -> None:
                 *counts,
                 strict=True,
             )
-            writer.writerows((run.setup.reserve, number, *row) for number, row in enumerate(rows))
+            writer.writerows((report.label, number, *row) for number, row in enumerate(rows))
 
 
 def describe(trace: Trace) -> dict[str, object]:

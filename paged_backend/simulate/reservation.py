@@ -17,6 +17,8 @@ from paged_backend.kv_cache.block_pool import BlockPool
 from paged_backend.kv_cache.block_tables import BlockTables
 from paged_backend.request import Request
 from paged_backend.scheduler.plan import StepPlan
+from paged_backend.scheduler.policy import SchedulingPolicy
+from paged_backend.scheduler.preemption import PreemptionPolicy
 from paged_backend.scheduler.scheduler import Scheduler
 
 PAGED, CONTIGUOUS_MAX, POWER_OF_TWO = "paged", "contiguous-max", "power-of-two"
@@ -150,14 +152,29 @@ class ReservingTables(BlockTables):
 class ReservingScheduler(Scheduler):
     """Admits a request only where its whole extent fits."""
 
-    def __init__(self, *args: object, size: Callable[[Request], int], **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self._size = size
+    def __init__(
+        self,
+        policy: SchedulingPolicy,
+        tables: ReservingTables,
+        *,
+        size: Callable[[Request], int],
+        max_num_batched_tokens: int,
+        max_prefill_tokens: int,
+        preemption: PreemptionPolicy,
+    ) -> None:
+        """`size` says how many tokens a request reserves."""
+        super().__init__(
+            policy,
+            tables,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_prefill_tokens=max_prefill_tokens,
+            preemption=preemption,
+        )
+        self._reserving, self._size = tables, size
 
     def _admit(self, request: Request, budget: int, spare: int, plan: StepPlan) -> tuple[int, int] | None:
-        assert isinstance(self.tables, ReservingTables)
-        if not self.tables.reserve(self._size(request)):
+        if not self._reserving.reserve(self._size(request)):
             return None
         admitted = super()._admit(request, budget, spare, plan)
-        self.tables.cancel()  # does nothing when the slot has it
+        self._reserving.cancel()  # does nothing when the slot has it
         return admitted

@@ -12,6 +12,7 @@ from paged_backend.kv_cache.block_tables import BlockTables
 from paged_backend.kv_cache.host_tier import HostTier
 from paged_backend.plugins.manager import PluginManager
 from paged_backend.request import Request
+from paged_backend.scheduler.policy import SchedulingPolicy
 from paged_backend.scheduler.preemption import PreemptionCosts, PreemptionPolicy
 from paged_backend.scheduler.scheduler import Scheduler
 from paged_backend.simulate.reservation import (
@@ -58,10 +59,9 @@ class Setup:
                 "device", self.device.name, f"has no room for K and V beside the weights of {self.model.name}"
             )
         asked = self.config.max_model_len
-        if asked is not None and self._blocks_for(asked) > self.num_blocks:
-            capacity = self.num_blocks * self.config.block_size
+        if asked is not None and asked > self._longest:
             raise InvalidArgument(
-                "max_model_len", asked, f"must be at most {capacity}, the tokens that the cache holds"
+                "max_model_len", asked, f"must be at most {self._longest}, the tokens that fit (reserve={self.reserve})"
             )
 
     @property
@@ -81,8 +81,14 @@ class Setup:
     @property
     def max_model_len(self) -> int:
         """Most tokens of prompt and output together."""
-        capacity = self.num_blocks * self.config.block_size
-        return self.config.max_model_len or min(self.model.max_model_len, capacity)
+        return self.config.max_model_len or min(self.model.max_model_len, self._longest)
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of one request that an empty memory has room for: a buddy allocator's is the largest power of two."""
+        buddies = self.reserve != PAGED and self.allocator == "buddy"
+        blocks = 1 << (self.num_blocks.bit_length() - 1) if buddies else self.num_blocks
+        return blocks * self.config.block_size
 
     def make_scheduler(self, plugins: PluginManager, longest: int, watch: Watch) -> Scheduler:
         """The real scheduler over the real block accounting; no request will have more tokens than `longest`."""
@@ -98,32 +104,46 @@ class Setup:
         )
         policy = plug("paged_scheduling_policy", "scheduling_policy", config.scheduling_policy, config=config)
         watch.policy = plug("paged_preemption_policy", "preemption_policy", config.preemption_policy, config=config)
-        arguments = {
-            "max_num_batched_tokens": config.step_tokens,
-            "max_prefill_tokens": config.prefill_tokens,
-            "preemption": watch,
-            "host": host,
-            "costs": PreemptionCosts(
+        make = self._paged_scheduler if self.reserve == PAGED else self._reserving_scheduler
+        return make(policy, pool, watch, host, longest)
+
+    def _paged_scheduler(
+        self, policy: SchedulingPolicy, pool: BlockPool, watch: Watch, host: HostTier | None, longest: int
+    ) -> Scheduler:
+        config = self.config
+        tables = BlockTables(pool, block_size=config.block_size, num_slots=config.max_num_seqs, max_model_len=longest)
+        return Scheduler(
+            policy,
+            tables,
+            max_num_batched_tokens=config.step_tokens,
+            max_prefill_tokens=config.prefill_tokens,
+            preemption=watch,
+            host=host,
+            costs=PreemptionCosts(
                 2 * self.model.body_params / self.device.flops_per_second,
                 self.device.host_bytes_per_second if host else 0.0,
                 self.model.kv_bytes_per_token,
             ),
-        }
-        if self.reserve == PAGED:
-            tables = BlockTables(
-                pool, block_size=config.block_size, num_slots=config.max_num_seqs, max_model_len=longest
-            )
-            return Scheduler(policy, tables, **arguments)
-        most = self.max_model_len
-        reserving = ReservingTables(
+        )
+
+    def _reserving_scheduler(
+        self, policy: SchedulingPolicy, pool: BlockPool, watch: Watch, host: HostTier | None, longest: int
+    ) -> Scheduler:
+        config, most = self.config, self.max_model_len
+        tables = ReservingTables(
             pool,
-            (Buddy if self.allocator == "buddy" else FirstFit)(self.num_blocks),
+            Buddy(self.num_blocks) if self.allocator == "buddy" else FirstFit(self.num_blocks),
             block_size=config.block_size,
             num_slots=config.max_num_seqs,
             max_model_len=most,
         )
         return ReservingScheduler(
-            policy, reserving, size=lambda request: reserved_tokens(self.reserve, request, most), **arguments
+            policy,
+            tables,
+            size=lambda request: reserved_tokens(self.reserve, request, most),
+            max_num_batched_tokens=config.step_tokens,
+            max_prefill_tokens=config.prefill_tokens,
+            preemption=watch,
         )
 
     def make_step_time(self) -> StepTime:

@@ -58,7 +58,6 @@ def simulate(
     plugins = plugins or PluginManager()
     chosen: Router = plugins.make("paged_router", "router", router, config=setup.config)
     outcomes, fleet, timeline = Outcomes.of(trace, setup.max_model_len), Fleet(num_replicas), Timeline()
-    outcomes.num_ended = int(outcomes.refused.sum())
     longest = int((trace.prompt + outcomes.output)[~outcomes.refused].max(initial=2))
     replicas = [Replica(index, setup, plugins, outcomes, fleet, timeline, longest) for index in range(num_replicas)]
     events: list[tuple[float, int]] = []

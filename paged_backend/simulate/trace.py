@@ -50,10 +50,20 @@ class Trace:
         """Sort by arrival, and repeat scalars for every request."""
         times = np.asarray(arrival, dtype=np.float64)
         order = np.argsort(times, kind="stable")
-        rest = (
-            np.broadcast_to(column, times.shape) for column in (prompt, output, tenant, prefix, prefix_tokens, priority)
+
+        def column(values: npt.ArrayLike) -> Ints:
+            return np.broadcast_to(np.asarray(values, dtype=np.int64), times.shape)[order]
+
+        return cls(
+            times[order],
+            column(prompt),
+            column(output),
+            column(tenant),
+            column(prefix),
+            column(prefix_tokens),
+            column(priority),
+            tenants,
         )
-        return cls(times[order], *(column.astype(np.int64)[order] for column in rest), tenants=tenants)
 
     def __len__(self) -> int:
         return len(self.arrival)
@@ -93,6 +103,8 @@ class Trace:
         return Trace(**{field.name: getattr(self, field.name) for field in fields(self)} | changes)
 
 
+NOISY = "noisy"
+"""The tenant of `burst`."""
 SHAREGPT_PROMPT, SHAREGPT_OUTPUT = 161.31, 337.99
 """Mean tokens of the ShareGPT requests in the vLLM paper (arXiv 2309.06180, figure 11)."""
 PROMPT_SIGMA, OUTPUT_SIGMA = 1.2, 0.9
@@ -145,21 +157,22 @@ def generate(
     return Trace.of(arrival, prompt, output, tenant=tenant, prefix=prefix, prefix_tokens=prefix_tokens, tenants=names)
 
 
-def burst(num_requests: int, prompt: int, output: int, at: float, tenant: str) -> Trace:
-    """Equal requests of one tenant that arrive all at once, `at` seconds after the start."""
+def burst(num_requests: int, prompt: int, output: int, at: float) -> Trace:
+    """Equal requests of the tenant `NOISY` that arrive all at once, `at` seconds after the start."""
     _at_least("noisy_requests", num_requests, 0)
     _at_least("noisy_prompt", prompt, 1)
     _at_least("noisy_output", output, 1)
     if not (at >= 0 and math.isfinite(at)):
         raise InvalidArgument("noisy_at", at, "must be seconds, 0 or more")
-    return Trace.of(np.full(num_requests, at), prompt, output, tenants=(tenant,))
+    return Trace.of(np.full(num_requests, at), prompt, output, tenants=(NOISY,))
 
 
 def _lengths(rng: np.random.Generator, count: int, name: str, mean: float, sigma: float, most: int) -> Ints:
     if not 1 <= mean <= most / 2:
         raise InvalidArgument(name, mean, f"must be 1 to {most / 2:g}, a quarter of the longest request")
     lengths = np.exp(rng.normal(_clipped_mu(mean, sigma, most), sigma, count))
-    return np.clip(np.rint(lengths), 1, most).astype(np.int64)
+    rounded: Ints = np.clip(np.rint(lengths), 1, most).astype(np.int64)
+    return rounded
 
 
 def _clipped_mu(mean: float, sigma: float, most: float) -> float:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +18,7 @@ _OWN = ("arrival", "prompt", "output", "tenant", "prefix", "prefix_tokens", "pri
 _AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
 _MOST_TOKENS = 10**7
+T = TypeVar("T")
 
 
 def read_trace(path: Path) -> Trace:
@@ -72,8 +74,8 @@ def _read_own(header: list[str], rows: list[list[str]]) -> Trace:
     priority = [0] * len(rows)
     if "priority" in header:
         priority = _column(rows, header, "priority", _whole(-1000, 1000, empty=0))
-    for row in np.flatnonzero(prefix_tokens > prompt)[:1].tolist():
-        raise _bad("prefix_tokens", row, int(prefix_tokens[row]), f"must be at most prompt={prompt[row]}")
+    for at in np.flatnonzero(prefix_tokens > prompt)[:1].tolist():
+        raise _bad("prefix_tokens", at, int(prefix_tokens[at]), f"must be at most prompt={prompt[at]}")
     return _checked(
         Trace.of(
             np.array(arrival) - min(arrival, default=0),
@@ -111,13 +113,12 @@ def _column(rows: list[list[str]], header: list[str], name: str, parse: Callable
     values: list[T] = []
     try:
         for row in rows:
-            values.append(parse(row[at]))  # noqa: PERF401 - its length is the row that failed
+            values.append(parse(row[at]))
     except IndexError:
-        row = len(values)
-        raise _bad(name, row, ",".join(rows[row]), f"must have {len(header)} columns") from None
+        bad = rows[len(values)]
+        raise _bad(name, len(values), ",".join(bad), f"must have {len(header)} columns") from None
     except ValueError as error:
-        row = len(values)
-        raise _bad(name, row, rows[row][at], str(error)) from None
+        raise _bad(name, len(values), rows[len(values)][at], str(error)) from None
     return values
 
 

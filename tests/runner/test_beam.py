@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from paged_backend import Engine, EngineConfig, InvalidArgument, RequestOutput, SamplingParams
 from tests.runner.test_parity import random_prompts
@@ -93,6 +94,27 @@ def test_beams_beside_sampling_change_nobody_and_abort_frees_all() -> None:
     (last,) = engine.step()
     assert (last.finish_reason, last.finished) == ("abort", True)
     assert engine.stats().blocks_used == engine.stats().num_running == engine.stats().num_waiting == 0
+    engine.close()
+
+
+class NoWords:
+    """A tokenizer that cannot decode."""
+
+    def decode(self, token_ids: list[int], **options: Any) -> str:
+        raise ValueError("no such token")
+
+
+def test_beams_have_text_and_undecodable_ones_end_alone(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build(vocab_size=len(byte_tokenizer))
+    engine = Engine(EngineConfig(num_blocks=100), model=model, tokenizer=byte_tokenizer)
+    params = SamplingParams(beam_width=3, n=2, max_tokens=9)
+    (output,) = engine.generate(["hello"], params)
+    for sample in output.samples:
+        assert sample.text == byte_tokenizer.decode(sample.token_ids, skip_special_tokens=True)
+    engine.tokenizer = NoWords()  # type: ignore[assignment]
+    (bad,) = engine.generate([[5, 6]], params)
+    assert (bad.finish_reason, str(bad.error)) == ("error", "no such token")
+    assert engine.error is None
     engine.close()
 
 

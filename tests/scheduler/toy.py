@@ -57,10 +57,9 @@ class Toy:
 
     def __post_init__(self) -> None:
         self.host = HostTier(self.host_blocks) if self.host_blocks else None
-        on_evict = self.host.keep_evicted if self.host else None
         self.max_len = self.num_blocks // len(self.groups) * self.block_size
         self.tables = BlockTables(
-            BlockPool(self.num_blocks, on_evict=on_evict),
+            BlockPool(self.num_blocks),
             block_size=self.block_size,
             num_slots=self.num_slots,
             max_model_len=self.max_len,
