@@ -10,6 +10,8 @@ from typing import Any
 
 from paged_backend.request import Request
 
+_MOST_TENANTS = 4096
+
 
 class SchedulingPolicy:
     """First come, first served. Subclasses, made by the hook `paged_scheduling_policy`, give another order.
@@ -77,6 +79,7 @@ class FairShare(SchedulingPolicy):
     def __init__(self) -> None:
         self._clock = 0.0
         self._finish: dict[str, float] = {}
+        """Where each tenant's last request ends on the clock. Of very many, those that owe least are forgotten."""
         self._running: Counter[str] = Counter()
         self._last = 0.0
         self._starts: list[tuple[float, int]] = []
@@ -88,6 +91,8 @@ class FairShare(SchedulingPolicy):
         if request.sort_key is None:
             start = max(self._clock, self._finish.get(request.tenant, 0.0))
             self._finish[request.tenant] = start + request.max_total_tokens
+            if len(self._finish) > _MOST_TENANTS:
+                self._finish = dict(heapq.nlargest(_MOST_TENANTS // 2, self._finish.items(), key=lambda item: item[1]))
             return start
         return float(request.sort_key)
 

@@ -23,7 +23,6 @@ from transformers.utils import ModelOutput
 from hf_integration import NotServed, stats
 from tests.tiny import Pair, build, prompts
 
-
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 

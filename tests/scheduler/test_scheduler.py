@@ -339,6 +339,17 @@ def test_fair_share_gives_two_busy_tenants_equal_service() -> None:
     toy.drain()
 
 
+def test_fair_share_forgets_tenants_that_are_gone() -> None:
+    policy = FairShare()
+    toy = Toy(num_blocks=60, num_slots=4, policy=policy)
+    for index in range(9000):
+        toy.add(2, 1, tenant=f"visitor {index}")
+        toy.step()
+    toy.drain()
+    assert len(policy._finish) <= 4096
+    assert not policy._running
+
+
 # ---- several steps at once
 
 
