@@ -245,6 +245,9 @@ class Engine:
     def _expire(self, outputs: list[RequestOutput]) -> None:
         """End the requests whose time is over."""
         now = time.monotonic()
+        if len(self._deadlines) > 2 * (self._scheduler.num_running + len(self._scheduler.waiting)) + 64:
+            self._deadlines = [entry for entry in self._deadlines if not entry[2].ended]
+            heapq.heapify(self._deadlines)
         while self._deadlines and self._deadlines[0][0] <= now:
             _, index, request = heapq.heappop(self._deadlines)
             if request.ended:

@@ -50,8 +50,12 @@ class Metrics:
         for name, help_text, value in (
             ("steps", "Engine steps", now.steps),
             ("computed_tokens", "Tokens run through the model, recomputation included", now.computed_tokens),
+            ("cached_tokens", "Prompt tokens found in the cache instead", now.cached_tokens),
             ("output_tokens", "Tokens generated", now.output_tokens),
             ("preemptions", "Running requests sent back to the queue", now.preemptions),
+            ("preemptions_swapped", "Of those, kept in host memory", now.swapped),
+            ("kv_blocks_stored", "KV blocks copied to host memory", now.blocks_stored),
+            ("kv_blocks_fetched", "KV blocks copied back", now.blocks_fetched),
         ):
             yield CounterMetricFamily(f"paged_backend_{name}", help_text, value=value)
 

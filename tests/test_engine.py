@@ -484,6 +484,7 @@ def test_observers_and_metrics_see_every_event(make: MakeEngine) -> None:
     assert "paged_backend_time_to_first_token_seconds_count 2.0" in page
     assert "paged_backend_kv_blocks_used 0.0" in page
     assert "paged_backend_kv_blocks_total 6.0" in page
+    assert f"paged_backend_cached_tokens_total {float(engine.stats().cached_tokens)}" in page
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -255,6 +255,13 @@ def test_a_request_that_takes_too_long_keeps_what_it_has(make: MakeEngine) -> No
     assert all(output.error is None for output in engine.step()), "the time in the queue is over, and it is not in it"
 
 
+def test_deadlines_of_ended_requests_are_forgotten(make: MakeEngine) -> None:
+    engine = make(timeout=1000)
+    engine.generate([[5]] * 300, greedy(2))
+    engine.generate([[5]], greedy(2))
+    assert len(engine._deadlines) <= 70
+
+
 # ---- tenants
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from paged_backend.errors import EngineDead, InvalidArgument, Overloaded
+from paged_backend.errors import DeadlineExceeded, EngineDead, InvalidArgument, Overloaded
 from paged_backend.request import SamplingParams
 
 INPUTS = (
@@ -65,7 +65,7 @@ def error_code(error: Exception) -> str:
     match error:
         case Cancelled():
             return "CANCELLED"
-        case Overloaded() | EngineDead():
+        case Overloaded() | EngineDead() | DeadlineExceeded():
             return "UNAVAILABLE"
         case ValueError():
             return "INVALID_ARG"

@@ -30,6 +30,9 @@ class SchedulingPolicy:
     def started(self, request: Request) -> None:
         """A request got a slot."""
 
+    def served(self, request: Request, num_tokens: int) -> None:
+        """The step being planned computes so many tokens of a prompt. Its request's `sort_key` may change now."""
+
     def stopped(self, request: Request) -> None:
         """A request gave its slot back: it is about to end, or was preempted."""
 
@@ -69,11 +72,11 @@ class ShortestRemaining(SchedulingPolicy):
 class FairShare(SchedulingPolicy):
     """Start-time fair queueing over tenants (Goyal et al., SIGCOMM 1996), by tokens, and equal shares of the slots.
 
-    A tenant's requests start one after the other on a virtual clock, each taking as long as it has tokens. The clock
-    stands where the earliest of the running requests started (MSF-SFQ of Jin et al., SIGMETRICS 2004): whoever was idle
-    goes before prompts that run already, however long they are. So a tenant that sends little is served as if it were
-    alone with each of the others, whatever they send. A request is charged for its longest output until it stops, then
-    for what it used.
+    A tenant's requests start one after the other on a virtual clock, each taking as long as it has tokens. The packets
+    of the original are the chunks of prompts: the clock stands where the chunk served last started, and a request moves
+    back with each of its chunks, so a long prompt that was begun holds up nobody. A tenant that sends little is served
+    as if it were alone with each of the others, whatever they send. A request is charged for its longest output until
+    it stops, then for what it used.
     """
 
     def __init__(self) -> None:
@@ -81,13 +84,9 @@ class FairShare(SchedulingPolicy):
         self._finish: dict[str, float] = {}
         """Where each tenant's last request ends on the clock. Of very many, those that owe least are forgotten."""
         self._running: Counter[str] = Counter()
-        self._last = 0.0
-        self._starts: list[tuple[float, int]] = []
-        """A heap of (start, arrival) of the running requests, and of some that stopped."""
-        self._stopped: Counter[tuple[float, int]] = Counter()
 
     def key(self, request: Request) -> float:
-        """The virtual time at which the request starts; kept when it is preempted."""
+        """The virtual time at which the request starts, or goes on when it was preempted."""
         if request.sort_key is None:
             start = max(self._clock, self._finish.get(request.tenant, 0.0))
             self._finish[request.tenant] = start + request.max_total_tokens
@@ -103,26 +102,18 @@ class FairShare(SchedulingPolicy):
     def started(self, request: Request) -> None:
         """See `SchedulingPolicy.started`."""
         self._running[request.tenant] += 1
-        self._last = max(self._last, float(request.sort_key))
-        heapq.heappush(self._starts, request.rank)
-        self._advance()
+        self._clock = max(self._clock, float(request.sort_key))
+
+    def served(self, request: Request, num_tokens: int) -> None:
+        """See `SchedulingPolicy.served`."""
+        self._clock = max(self._clock, float(request.sort_key))
+        request.sort_key += num_tokens
 
     def stopped(self, request: Request) -> None:
         """See `SchedulingPolicy.stopped`."""
         self._running[request.tenant] -= 1
         if not self._running[request.tenant]:
             del self._running[request.tenant]
-        self._stopped[request.rank] += 1
-        self._advance()
-
-    def _advance(self) -> None:
-        starts, stopped = self._starts, self._stopped
-        while starts and stopped[starts[0]]:
-            stopped[starts[0]] -= 1
-            if not stopped[starts[0]]:
-                del stopped[starts[0]]
-            heapq.heappop(starts)
-        self._clock = max(self._clock, starts[0][0] if starts else self._last)
 
     def ended(self, request: Request) -> None:
         """Refund what it was charged and did not use."""

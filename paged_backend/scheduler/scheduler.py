@@ -225,6 +225,7 @@ class Scheduler:
             self._register(slot, int(self._computed[slot]) + count)
             chunks.append((slot, count))
             self._chosen.add(request)
+            self.policy.served(request, count)
             budget -= count
         return chunks
 
@@ -232,7 +233,6 @@ class Scheduler:
         """Free blocks beyond what the running requests need for their tokens and the next one each."""
         wanted = -(-(self._length + 1) // self.tables.block_size) - self.tables.lengths
         wanted = np.where(self._limit > 0, np.maximum(wanted, 0), 0)
-        missing = 0
         missing = sum(
             int((wanted if most is None else np.minimum(wanted, most)).sum()) for most in self._blocks_at_most
         )

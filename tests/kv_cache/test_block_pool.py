@@ -16,7 +16,7 @@ KEYS = [bytes([i]) for i in range(12)]
 class Pool(RuleBasedStateMachine):
     """Random calls, beside plain sets and dictionaries of what must be so."""
 
-    @initialize(num_blocks=st.integers(1, 12))
+    @initialize(num_blocks=st.integers(1, 9))
     def make(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.evicted: list[tuple[int, bytes]] = []
@@ -32,6 +32,7 @@ class Pool(RuleBasedStateMachine):
 
     def on_evict(self, block: int, key: bytes) -> None:
         assert self.pool.holders(block) == 0, "not handed out yet"
+        assert self.pool.find(key) == 0, "not found any more"
         self.evicted.append((block, key))
 
     def settle(self, block: int) -> None:
@@ -40,8 +41,19 @@ class Pool(RuleBasedStateMachine):
         else:
             self.free.add(block)
 
-    @rule(count=st.integers(0, 5))
-    def allocate(self, count: int) -> None:
+    @rule(keys=st.permutations(KEYS), over=st.integers(-1, 1))
+    def allocate_what_there_is(self, keys: list[bytes], over: int) -> None:
+        self.allocate(max(0, self.pool.num_free + over), keys)
+
+    @rule(keys=st.permutations(KEYS))
+    def use_all_once(self, keys: list[bytes]) -> None:
+        """So that all is cached, and the next allocation evicts."""
+        before = dict(self.held)
+        self.allocate(self.pool.num_free, keys)
+        self.release_these([block for block in self.held if block not in before][::-1])
+
+    @rule(count=st.integers(0, 5), keys=st.lists(st.sampled_from(KEYS), max_size=5))
+    def allocate(self, count: int, keys: list[bytes]) -> None:
         if count > len(self.free) + len(self.cached):
             with pytest.raises(IndexError, match=f"{count} blocks asked, .* of {self.num_blocks} free"):
                 self.pool.allocate(count)
@@ -59,11 +71,18 @@ class Pool(RuleBasedStateMachine):
         self.held |= dict.fromkeys(blocks, 1)
         self.to_clear |= self.tainted.intersection(blocks)
         self.tainted -= set(blocks)
+        for block, key in zip(blocks, keys, strict=False):
+            self.pool.register(block, key)
+            if key not in self.keys.values():
+                self.keys[block] = key
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         blocks = data.draw(st.lists(st.sampled_from(sorted(self.held)), min_size=1, max_size=6, unique=True))
+        self.release_these(blocks)
+
+    def release_these(self, blocks: list[int]) -> None:
         self.pool.release(iter(blocks))
         for block in blocks:
             self.held[block] -= 1
@@ -128,8 +147,10 @@ class Pool(RuleBasedStateMachine):
         assert set(self.pool.take_to_clear()) == self.to_clear
         self.to_clear = set()
 
-    @rule()
-    def reset(self) -> None:
+    @rule(seldom=st.integers(0, 7))
+    def reset(self, seldom: int) -> None:
+        if seldom != 7:
+            return
         self.pool.reset()
         self.keys.clear()
         self.free.update(self.cached)

@@ -245,6 +245,20 @@ def test_too_little_room_changes_nothing() -> None:
     tables.check()
 
 
+def test_the_last_blocks_are_enough() -> None:
+    tables = tables_of(6, FULL, WINDOW)
+    slot, target, other = (tables.take_slot() for _ in range(3))
+    assert tables.grow(slot, 4)
+    assert tables.grow_by_one(np.array([slot]))
+    assert tables.fork(slot, target, 7) is not None
+    assert tables.pool.num_free == 0
+    assert tables.fork(slot, other, 8) == [], "full blocks take no room"
+    tables.release(target)
+    assert tables.grow_by_one(np.array([slot]))
+    assert tables.pool.num_free == 0
+    tables.check()
+
+
 def test_fork_shares_full_blocks_and_copies_the_partial_one() -> None:
     tables = tables_of(12, FULL, WINDOW)
     source, target, other = (tables.take_slot() for _ in range(3))

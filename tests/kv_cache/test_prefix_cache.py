@@ -233,6 +233,7 @@ def test_register_goes_on_where_it_stopped_and_only_as_far_as_hashes_are_known()
     assert world.cache.match(hashes, 4) == 2
     world.cache.register(slot, hashes, 1)
     assert world.cache.match(hashes, 4) == 2
+    assert len(world.cache.store(slot, hashes)) == 4, "what is registered stays so"
     world.tables.trim(slot, 16)
     world.cache.register(slot, hashes, 4)
     assert world.cache.match(hashes, 4) == 4
@@ -292,6 +293,15 @@ def test_store_keeps_whole_beginnings_and_stops_where_the_host_is_full() -> None
     assert world.host.pool.num_free == 0, "the second holds them still"
     world.host.pool.release(reversed(again))
     assert world.host.pool.num_free == 5
+
+
+def test_store_takes_nothing_after_the_first_block_that_has_no_room() -> None:
+    world, slot, hashes = filled((FULL,), 4, host_blocks=2)
+    assert world.host is not None
+    later = world.host.store(int(world.tables.array[0, slot, 3]), hashes[3])
+    held = world.cache.store(slot, hashes)
+    assert held == [world.host.pool.find(hashes[0])]
+    assert world.host.pool.holders(later) == 1
 
 
 def test_store_skips_what_the_window_gave_back() -> None:

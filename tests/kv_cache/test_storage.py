@@ -195,15 +195,10 @@ def test_no_batch_is_larger_than_the_limit(monkeypatch: pytest.MonkeyPatch, stag
 
 
 @dtypes
-@pytest.mark.parametrize("host_blocks", [0, 1, 4])
-def test_measure_leaves_all_contents_alone(dtype: torch.dtype, host_blocks: int) -> None:
+@pytest.mark.parametrize("host_blocks", [0, 1, 4, 40])
+def test_measure_leaves_the_device_alone(dtype: torch.dtype, host_blocks: int) -> None:
     storage = storage_of(ALTERNATING, dtype)
     space = SwapSpace(storage, host_blocks)
     before = scramble(storage)
-    space.store([(block, block) for block in range(1, host_blocks + 1)])
     assert 0 < space.measure() < float("inf")
     assert same(storage, before)
-    scramble(storage, seed=1)
-    space.fetch([(block, block) for block in range(1, host_blocks + 1)])
-    for tensor, old in zip(storage.tensors, before, strict=True):
-        assert torch.equal(bits(tensor)[1 : host_blocks + 1], old[1 : host_blocks + 1])

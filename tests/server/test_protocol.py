@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paged_backend.errors import EngineDead, InvalidArgument, Overloaded
+from paged_backend.errors import DeadlineExceeded, EngineDead, InvalidArgument, Overloaded
 from paged_backend.request import SamplingParams
 from triton_server_model.protocol import Cancelled, Generation, error_code, parse_request
 
@@ -23,6 +23,12 @@ def test_sampling_parameters_override_request_parameters() -> None:
     assert parse_request(inputs, parameters).params == expected
 
 
+@pytest.mark.parametrize("field", ["n", "beam_width"])
+def test_one_text_a_request(field: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"{field}=2: must be 1"):
+        parse_request({"text_input": b"hi"}, {field: 2})
+
+
 @given(text=st.binary(), sampling=st.binary(), parameters=st.dictionaries(st.text(), st.booleans() | st.text()))
 def test_bad_bytes_only_raise_value_errors(text: bytes, sampling: bytes, parameters: dict) -> None:
     with pytest.raises(ValueError, match=r"sampling_parameters|text_input|field|Input"):
@@ -35,6 +41,7 @@ def test_bad_bytes_only_raise_value_errors(text: bytes, sampling: bytes, paramet
         (InvalidArgument("top_p", 2, "at most 1"), "INVALID_ARG"),
         (Overloaded("full"), "UNAVAILABLE"),
         (EngineDead("dead"), "UNAVAILABLE"),
+        (DeadlineExceeded("timeout=1: too late"), "UNAVAILABLE"),
         (Cancelled(), "CANCELLED"),
         (ZeroDivisionError(), "INTERNAL"),
     ],
