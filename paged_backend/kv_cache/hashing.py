@@ -11,7 +11,7 @@ _BYTES = 16
 
 def root(salt: str) -> bytes:
     """Where the chain of a request with this salt begins; other salts never meet."""
-    return blake2b(salt.encode(), digest_size=_BYTES, person=b"paged-backend").digest()
+    return blake2b(salt.encode(errors="surrogatepass"), digest_size=_BYTES, person=b"paged-backend").digest()
 
 
 def extend(hashes: list[bytes], start: bytes, token_ids: Sequence[int], block_size: int) -> None:

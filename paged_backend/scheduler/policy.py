@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from paged_backend.request import Request
 
 _MOST_TENANTS = 4096
+_CREDIT = 4096
+"""Tokens by which a tenant that was idle may go before its turn: its requests come in bursts, its share is a mean."""
 
 
 class SchedulingPolicy:
@@ -75,8 +78,8 @@ class FairShare(SchedulingPolicy):
     A tenant's requests start one after the other on a virtual clock, each taking as long as it has tokens. The packets
     of the original are the chunks of prompts: the clock stands where the chunk served last started, and a request moves
     back with each of its chunks, so a long prompt that was begun holds up nobody. A tenant that sends little is served
-    as if it were alone with each of the others, whatever they send. A request is charged for its longest output until
-    it stops, then for what it used.
+    as if it were alone with each of the others, whatever they send, and may send a few requests at once. A request is
+    charged for its longest output until it stops, then for what it used.
     """
 
     def __init__(self) -> None:
@@ -88,7 +91,7 @@ class FairShare(SchedulingPolicy):
     def key(self, request: Request) -> float:
         """The virtual time at which the request starts, or goes on when it was preempted."""
         if request.sort_key is None:
-            start = max(self._clock, self._finish.get(request.tenant, 0.0))
+            start = max(self._clock - _CREDIT, self._finish.get(request.tenant, -math.inf))
             self._finish[request.tenant] = start + request.max_total_tokens
             if len(self._finish) > _MOST_TENANTS:
                 self._finish = dict(heapq.nlargest(_MOST_TENANTS // 2, self._finish.items(), key=lambda item: item[1]))
@@ -118,7 +121,7 @@ class FairShare(SchedulingPolicy):
     def ended(self, request: Request) -> None:
         """Refund what it was charged and did not use."""
         finish = self._finish.get(request.tenant, 0.0) - (request.max_total_tokens - len(request.token_ids))
-        if finish > self._clock:
+        if finish > self._clock - _CREDIT:
             self._finish[request.tenant] = finish
         else:
             self._finish.pop(request.tenant, None)  # as if it had never sent anything

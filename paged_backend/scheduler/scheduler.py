@@ -62,6 +62,8 @@ class Scheduler:
         """Slots whose next token is not their own sample (beams)."""
         self._loads: list[Request] = []
         self._copies: list[tuple[int, int]] = []
+        self._clears: list[int] = []
+        """Of the last plan."""
         self._lost: set[int] = set()
         """Slots whose requests were preempted while this step is planned."""
         self._chosen: set[Request] = set()
@@ -104,7 +106,8 @@ class Scheduler:
 
     def taint(self, request: Request) -> None:
         """The K and V of a running request may hold NaN: nobody may find its blocks, or get them uncleared."""
-        self.tables.pool.taint(self.tables.blocks(request.slot))
+        if request.slot >= 0:
+            self.tables.pool.taint(self.tables.blocks(request.slot))
 
     def fork(self, parent: Request, child: Request) -> None:
         """Start `child`, whose tokens are the computed ones of `parent` and one more, with the same blocks.
@@ -167,6 +170,7 @@ class Scheduler:
             self.host.take()
         self._copies.clear()
         self._loads.clear()
+        self.tables.pool.taint(self._clears)  # who knows whether they were cleared
         while self.tables.steps_in_flight:
             self.tables.end_step()
 
@@ -352,7 +356,7 @@ class Scheduler:
         plan.sampling = list(map(self._at, sampled.tolist()))
         self._length[sampled] += np.where(self._steered[sampled], 0, plan.num_steps)
         plan.loads, self._loads = [request for request in self._loads if request.slot >= 0], []
-        plan.moves.clears = self.tables.pool.take_to_clear()
+        plan.moves.clears = self._clears = self.tables.pool.take_to_clear()
         plan.moves.copies, self._copies = self._copies, []
         if self.host is not None:
             plan.moves.stores, plan.moves.fetches = self.host.take()
