@@ -229,7 +229,8 @@ class Scheduler:
             self._register(slot, int(self._computed[slot]) + count)
             chunks.append((slot, count))
             self._chosen.add(request)
-            self.policy.served(request, count)
+            if not request.steered:  # beams of a search keep one rank, lest searches wait for each other for ever
+                self.policy.served(request, count)
             budget -= count
         return chunks
 

@@ -1,29 +1,22 @@
-"""`paged-backend simulate`."""
+"""`paged-backend simulate`. What is simulated with is imported when the command runs, so that `--help` is quick."""
 
 from __future__ import annotations
 
 import json
-import math
-import time
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
-import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from paged_backend.bench.commands import settings_fields
 from paged_backend.config import EngineConfig
 from paged_backend.errors import CheckedModel, InvalidArgument
-from paged_backend.simulate import plots
-from paged_backend.simulate.report import Report, Spread, describe, table, write_csv
-from paged_backend.simulate.reservation import ALLOCATORS, PAGED, RESERVATIONS
-from paged_backend.simulate.setup import Setup
-from paged_backend.simulate.simulation import Run, simulate
-from paged_backend.simulate.step_time import DEVICES, MODELS, Device, MeasuredSteps, ModelShape, fit
-from paged_backend.simulate.trace import NOISY, SHAREGPT_OUTPUT, SHAREGPT_PROMPT, Trace, burst, generate
-from paged_backend.simulate.trace_csv import read_trace, write_trace
+from paged_backend.simulate.names import ALLOCATORS, PAGED, RESERVATIONS, SHAREGPT_OUTPUT, SHAREGPT_PROMPT
+from paged_backend.simulate.shapes import DEVICES, MODELS, Device, ModelShape
+
+if TYPE_CHECKING:
+    from paged_backend.simulate.step_time import MeasuredSteps
 
 Checked = TypeVar("Checked", bound=CheckedModel)
 _TRACE, _GENERATED, _NOISY = "Trace from a file", "Generated trace (ShareGPT-like)", "Noisy neighbour"
@@ -123,17 +116,25 @@ def simulate_command(
     for name, path in (("csv", csv), ("png", png), ("json", output), ("save_trace", save_trace)):
         if path is not None and not path.absolute().parent.is_dir():
             raise InvalidArgument(name, str(path), "its directory does not exist")
-    if png is not None:
-        plots.require_matplotlib()
     if rate is not None and not rate > 0:
         raise InvalidArgument("rate", rate, "must be more than 0")
     fields = settings_fields(setting or [], ("model", "device", "scheduling_policy"))
-    policies = list(dict.fromkeys(scheduling_policy or ["fcfs"]))
+    policies = dict.fromkeys(scheduling_policy or ["fcfs"])
     configs = [EngineConfig(**fields | {"scheduling_policy": policy}) for policy in policies]
     shape = _named("model", model, MODELS, ModelShape)
     machine = _named("device", device, DEVICES, Device)
+
+    from paged_backend.simulate import plots
+    from paged_backend.simulate.comparison import Comparison
+    from paged_backend.simulate.report import table, write_csv
+    from paged_backend.simulate.setup import Setup
+    from paged_backend.simulate.trace import burst, generate
+    from paged_backend.simulate.trace_csv import read_trace, write_trace
+
+    if png is not None:
+        plots.require_matplotlib()
     measured = None if step_time is None else _measured(step_time)
-    modes = list(dict.fromkeys(reserve or [PAGED]))
+    modes = dict.fromkeys(reserve or [PAGED])
     setups = [Setup(config, shape, machine, mode, allocator, measured) for config in configs for mode in modes]
     if trace is None:
         arrivals = generate(
@@ -152,85 +153,26 @@ def simulate_command(
         arrivals = read_trace(trace)
         arrivals = arrivals if requests is None else arrivals.first(requests)
         arrivals = arrivals if rate is None else arrivals.at_rate(rate)
-    quiet = arrivals
+    quiet = None
     if noisy_requests:
+        quiet = arrivals
         arrivals = arrivals.and_also(burst(noisy_requests, noisy_prompt, noisy_output, noisy_at))
     if save_trace is not None:
         write_trace(arrivals, save_trace)
 
-    runs, reports = [], []
-    for setup in setups:
-        for sent in (quiet, arrivals) if noisy_requests else (arrivals,):
-            began = time.perf_counter()
-            label = _label(setup, len(policies) > 1, len(modes) > 1, noisy_requests > 0 and sent is quiet)
-            runs.append(_run(sent, setup, replicas, router, label))
-            reports.append(Report.of(runs[-1], label, time.perf_counter() - began))
+    compared = Comparison(arrivals, setups, replicas, router, quiet)
+    compared.run()
     if csv is not None:
-        write_csv(runs, reports, csv)
+        write_csv(compared.runs, compared.reports, csv)
     if output is not None:
-        settings = {
-            "model": shape.model_dump(),
-            "device": machine.model_dump(),
-            "step_time": "roofline" if measured is None else measured.model_dump(),
-            "config": configs[0].model_dump(exclude_unset=True, exclude_none=True, exclude={"scheduling_policy"}),
-            "max_model_len": setups[0].max_model_len,
-            "num_blocks": setups[0].num_blocks,
-            "replicas": replicas,
-            "router": router,
-            "allocator": allocator,
-            "seed": seed if trace is None else None,
-        }
-        document = {"settings": settings, "trace": describe(arrivals), "runs": [each.document() for each in reports]}
-        if noisy_requests:
-            document["noise"] = {
-                "requests": noisy_requests,
-                "prompt_tokens": noisy_prompt,
-                "output_tokens": noisy_output,
-                "at_seconds": noisy_at,
-                "p99_ttft_of_others_with_noise_to_without": _ratios(runs, reports),
-            }
-        output.write_text(json.dumps(_finite(document), indent=2) + "\n")
+        noise = {"requests": noisy_requests, "prompt": noisy_prompt, "output": noisy_output, "at_seconds": noisy_at}
+        asked = {"seed": seed if trace is None else None, "noise": noise if noisy_requests else None}
+        output.write_text(json.dumps(asked | compared.document(), indent=2) + "\n")
     if png is not None:
-        plots.write_png(runs, reports, _title(arrivals, setups[0], replicas, len(policies) == 1), png)
-    Console().print(table(reports))
-    for label, ratio in _ratios(runs, reports).items() if noisy_requests else ():
+        plots.write_png(compared.runs, compared.reports, compared.title, png)
+    Console().print(table(compared.reports))
+    for label, ratio in compared.ratios.items():
         Console().print(f"{label}: p99 TTFT of the others is {ratio:,.2f} times that without noise", highlight=False)
-
-
-def _label(setup: Setup, by_policy: bool, by_mode: bool, alone: bool) -> str:
-    """What tells a run from the others of the command."""
-    parts = [setup.config.scheduling_policy] if by_policy else []
-    parts += [setup.reserve] if by_mode or not by_policy else []
-    return ", ".join(parts + (["without noise"] if alone else []))
-
-
-def _ratios(runs: list[Run], reports: list[Report]) -> dict[str, float]:
-    """By run with noise: how many times its p99 TTFT, but for the noisy tenant's, is that of the run before it."""
-    found: dict[str, float] = {}
-    for at in range(1, len(runs), 2):
-        p99 = []
-        for run in runs[at - 1 : at + 1]:
-            trace = run.outcomes.trace
-            others = np.array([name != NOISY for name in trace.tenants])[trace.tenant]
-            p99.append(Spread.of(run.outcomes.ttft[others]).p99)
-        found[reports[at].label] = p99[1] / p99[0]
-    return found
-
-
-def _run(trace: Trace, setup: Setup, replicas: int, router: str, label: str) -> Run:
-    """Simulate, with a progress bar while stderr is a terminal."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn(label),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.completed:,.0f} requests"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=len(trace))
-        return simulate(trace, setup, replicas, router, progress=lambda ended: progress.update(bar, completed=ended))
 
 
 def _named(field: str, value: str, known: dict[str, Checked], kind: type[Checked]) -> Checked:
@@ -243,6 +185,8 @@ def _named(field: str, value: str, known: dict[str, Checked], kind: type[Checked
 
 
 def _measured(path: Path) -> MeasuredSteps:
+    from paged_backend.simulate.step_time import MeasuredSteps, fit
+
     return fit(path) if path.suffix.lower() == ".csv" else MeasuredSteps(**_json_object("step_time", path))
 
 
@@ -254,20 +198,3 @@ def _json_object(field: str, path: Path) -> dict[str, object]:
     if not isinstance(found, dict):
         raise InvalidArgument(field, str(path), "must hold a JSON object")
     return found
-
-
-def _title(trace: Trace, setup: Setup, replicas: int, one_policy: bool) -> str:
-    rate = "all at once" if math.isinf(trace.rate) else f"at {trace.rate:,.4g}/s"
-    lengths = f"mean prompt {trace.prompt.mean():.0f}, output {trace.output.mean():.0f} tokens"
-    where = f"{setup.model.name} on {f'{replicas} ' if replicas > 1 else ''}{setup.device.name}"
-    policy = f", {setup.config.scheduling_policy}" if one_policy else ""
-    return f"Simulated: {len(trace):,} requests {rate} ({lengths}), {where}{policy}"
-
-
-def _finite(value: object) -> object:
-    """JSON has no NaN and no infinity: null."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from paged_backend.errors import InvalidArgument
+from paged_backend.simulate.names import NOISY
 from paged_backend.simulate.report import Report
 from paged_backend.simulate.simulation import Run
-from paged_backend.simulate.trace import NOISY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,7 +112,7 @@ def _latency_figure(runs: list[Run], reports: list[Report], title: str) -> Figur
     others = f", of all tenants but {NOISY!r}" if NOISY in runs[-1].outcomes.trace.tenants else ""
     for axes, name in ((first, "TTFT"), (gap, "TPOT")):
         _finish_cumulative(axes, f"{name}{others}")
-        axes.legend(fontsize=8, frameon=False, loc="lower right")
+        axes.legend(fontsize=8, frameon=False, loc="best")
     return figure
 
 
@@ -121,8 +121,9 @@ def _finish_cumulative(axes: Axes, name: str) -> None:
 
     _plain(axes, f"{name} (p50 and p99 marked)", "ms", "part of the requests")
     axes.set_ylim(0, 1.02)
-    low, high = axes.get_xlim()
-    if low > 0 and high > 8 * low:
+    shown = [np.asarray(line.get_xdata(), dtype=np.float64) for line in axes.lines]
+    low, high = min((x[0] for x in shown), default=0.0), max((x[-1] for x in shown), default=0.0)
+    if high > 8 * low > 0:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -170,5 +171,4 @@ def _cumulative(axes: Axes, values: npt.NDArray[np.float64], label: str) -> None
     parts = np.arange(1, len(known) + 1) / len(known)
     (line,) = axes.plot(known, parts, lw=1.4, label=label)
     p50, p99 = np.percentile(known, [50, 99])
-    axes.set_xlim(min(known[0], axes.get_xlim()[0]) if axes.lines[1:] else known[0], None)
     axes.plot([p50, p99], [0.5, 0.99], "o", color=line.get_color(), ms=4)

@@ -13,8 +13,8 @@ from paged_backend.plugins.manager import PluginManager
 from paged_backend.request import Request
 from paged_backend.scheduler.plan import StepPlan
 from paged_backend.scheduler.policy import SchedulingPolicy
+from paged_backend.simulate.names import PAGED
 from paged_backend.simulate.outcomes import Outcomes
-from paged_backend.simulate.reservation import PAGED
 from paged_backend.simulate.router import Fleet
 from paged_backend.simulate.setup import Setup, Watch
 from paged_backend.simulate.step_time import steps_within, total

@@ -20,10 +20,7 @@ from paged_backend.scheduler.plan import StepPlan
 from paged_backend.scheduler.policy import SchedulingPolicy
 from paged_backend.scheduler.preemption import PreemptionPolicy
 from paged_backend.scheduler.scheduler import Scheduler
-
-PAGED, CONTIGUOUS_MAX, POWER_OF_TWO = "paged", "contiguous-max", "power-of-two"
-RESERVATIONS = (PAGED, CONTIGUOUS_MAX, POWER_OF_TWO)
-ALLOCATORS = ("buddy", "first-fit")
+from paged_backend.simulate.names import CONTIGUOUS_MAX
 
 
 def reserved_tokens(mode: str, request: Request, max_model_len: int) -> int:

@@ -15,17 +15,10 @@ from paged_backend.request import Request
 from paged_backend.scheduler.policy import SchedulingPolicy
 from paged_backend.scheduler.preemption import PreemptionCosts, PreemptionPolicy
 from paged_backend.scheduler.scheduler import Scheduler
-from paged_backend.simulate.reservation import (
-    ALLOCATORS,
-    PAGED,
-    RESERVATIONS,
-    Buddy,
-    FirstFit,
-    ReservingScheduler,
-    ReservingTables,
-    reserved_tokens,
-)
-from paged_backend.simulate.step_time import Device, ModelShape, Roofline, StepTime
+from paged_backend.simulate.names import ALLOCATORS, PAGED, RESERVATIONS
+from paged_backend.simulate.reservation import Buddy, FirstFit, ReservingScheduler, ReservingTables, reserved_tokens
+from paged_backend.simulate.shapes import Device, ModelShape
+from paged_backend.simulate.step_time import Roofline, StepTime
 
 _UNUSED = ("dtype", "revision", "trust_remote_code", "attention_backend", "queue_timeout", "timeout")
 

@@ -12,9 +12,9 @@ from typing import cast
 from paged_backend.errors import InvalidArgument
 from paged_backend.plugins.manager import PluginManager
 from paged_backend.request import SamplingParams
+from paged_backend.simulate.names import PAGED
 from paged_backend.simulate.outcomes import Outcomes
 from paged_backend.simulate.replica import Replica, SimulatedRequest
-from paged_backend.simulate.reservation import PAGED
 from paged_backend.simulate.router import Fleet, Router
 from paged_backend.simulate.setup import Setup
 from paged_backend.simulate.timeline import Timeline

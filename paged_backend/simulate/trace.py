@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from paged_backend.errors import InvalidArgument
+from paged_backend.simulate.names import NOISY, SHAREGPT_OUTPUT, SHAREGPT_PROMPT
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -103,12 +104,8 @@ class Trace:
         return Trace(**{field.name: getattr(self, field.name) for field in fields(self)} | changes)
 
 
-NOISY = "noisy"
-"""The tenant of `burst`."""
-SHAREGPT_PROMPT, SHAREGPT_OUTPUT = 161.31, 337.99
-"""Mean tokens of the ShareGPT requests in the vLLM paper (arXiv 2309.06180, figure 11)."""
 PROMPT_SIGMA, OUTPUT_SIGMA = 1.2, 0.9
-"""Spread of their logarithms. The paper shows only histograms; these are our reading of them."""
+"""Spread of the logarithms of ShareGPT lengths. The paper shows only histograms; these are our reading of them."""
 
 
 def generate(

@@ -13,8 +13,9 @@ import pytest
 from paged_backend.config import EngineConfig
 from paged_backend.errors import InvalidArgument
 from paged_backend.simulate.setup import Setup
+from paged_backend.simulate.shapes import DEVICES, MODELS
 from paged_backend.simulate.simulation import Run, simulate
-from paged_backend.simulate.step_time import DEVICES, MODELS, MeasuredSteps
+from paged_backend.simulate.step_time import MeasuredSteps
 from paged_backend.simulate.trace import Trace, burst, generate
 
 SECOND = MeasuredSteps(a=1, b=0, c=0, d=0)
