@@ -149,7 +149,7 @@ def neighbour(
     from paged_backend.bench.neighbour import Load, measure
     from paged_backend.config import EngineConfig
 
-    fields = {"max_num_seqs": 4, "max_prefill_tokens": 128, "scheduling_policy": policy} | fields
+    fields = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "scheduling_policy": policy} | fields
     config = EngineConfig(**{"model": str(models.resolve(model)), "dtype": "bfloat16"} | fields)
     load = Load(quiet_requests=quiet_requests, quiet_interval=interval, noisy_requests=noisy_requests)
     waits = [measure(config, dataclasses.replace(load, noisy_requests=count)) for count in (0, noisy_requests)]
