@@ -36,7 +36,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def build(family: str = "llama", **overrides: Any) -> PreTrainedModel:
     """The same weights for the same arguments."""
-    config = AutoConfig.for_model(family, **SHAPE | FAMILIES[family] | overrides)
+    config = AutoConfig.for_model(family, **SHAPE | FAMILIES.get(family, {}) | overrides)
     torch.manual_seed(7)
     # Older transformers would give gemma2 an sdpa that forgets its soft-cap.
     attention = {"attn_implementation": "eager"} if family == "gemma2" else {}

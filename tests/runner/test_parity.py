@@ -63,6 +63,31 @@ def test_a_cache_so_small_that_requests_are_preempted_changes_nothing(family: st
     engine.close()
 
 
+@pytest.mark.parametrize(
+    ("family", "groups", "own"),
+    [
+        ("gemma3_text", 4, {"query_pre_attn_scalar": 16, "num_hidden_layers": 7, "sliding_window_pattern": 3}),
+        ("gpt_oss", 2, {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 4}),
+    ],
+)
+def test_hybrid_models_keep_only_the_windows(family: str, groups: int, own: dict[str, int]) -> None:
+    model = build(family, head_dim=16, sliding_window=8, **own)
+    prompts = [*random_prompts(4, 60, 128), [5, 6, 7] * 40]
+    want = [own_tokens(model, prompt, 30) for prompt in prompts]
+    engine = Engine(EngineConfig(block_size=4, num_blocks=600, max_num_seqs=6, max_num_batched_tokens=32), model=model)
+    assert len(engine.tables.groups) == groups
+    for _ in range(2):  # the second time with cached prefixes
+        outputs = engine.generate(prompts, same_as_own(30, 2))
+        assert [output.token_ids for output in outputs] == want
+    assert outputs[-1].num_cached_tokens > 0
+    engine.add_request(prompts[-1], same_as_own(30, 2))
+    for _ in range(20):
+        engine.step()
+    full = -(-len(prompts[-1]) // 4) + 5
+    assert engine.stats().blocks_used <= full + (groups - 1) * 3, "all of one group, the windows of the others"
+    engine.close()
+
+
 def test_smollm2_32_prompts_of_1_to_500_tokens(smollm2: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     rng = random.Random(3)

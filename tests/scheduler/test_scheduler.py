@@ -43,21 +43,28 @@ POLICIES = [
 
 
 def play(toy: Toy, rng: random.Random, operations: int, at_most: int = 40) -> None:
-    """Random operations with prompts that share beginnings, then all the rest of the work."""
+    """Random operations, deadlines among them, with prompts that share beginnings; then all the rest of the work."""
     families = [[rng.randrange(VOCAB) for _ in range(60)] for _ in range(3)]
+    deadlines: dict[Request, int] = {}
     for _ in range(operations):
+        for request in [request for request, at in deadlines.items() if at <= toy.steps]:
+            del deadlines[request]
+            if not request.ended:
+                toy.abort(request)
         action = rng.random()
         if action < 0.3 and len(toy.live) < at_most:
             prompt = rng.choice(families)[: rng.randint(0, 60)] + [
                 rng.randrange(VOCAB) for _ in range(rng.randint(1, 9))
             ]
-            toy.add(
+            request = toy.add(
                 prompt,
                 rng.randint(1, 30),
                 salt=rng.choice(["", "", "other"]),
                 tenant=rng.choice("abc"),
                 priority=rng.randint(0, 2),
             )
+            if rng.random() < 0.2:
+                deadlines[request] = toy.steps + rng.randint(0, 40)
         elif action < 0.4 and toy.live:
             toy.abort(rng.choice(list(toy.live.values())))
         elif action < 0.41:

@@ -79,7 +79,7 @@ class Toy:
         self.memory: dict[tuple[int, int], int] = {}
         """The same of the host."""
         self.computed_tokens = 0
-        self.arrivals = 0
+        self.arrivals = self.steps = 0
         self.in_flight = 0
 
     def add(self, prompt: int | Sequence[int], output: int, salt: str = "", **fields: object) -> Request:
@@ -110,6 +110,7 @@ class Toy:
 
     def step(self) -> StepPlan:
         plan = self.scheduler.schedule()
+        self.steps += 1
         self.run(plan)
         self.in_flight += 1
         if self.in_flight > self.lag:
