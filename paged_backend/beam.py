@@ -22,6 +22,11 @@ Candidates = list[tuple[int, float]]
 """Token ids and their log-probabilities, the likeliest first."""
 
 
+def num_candidates(request: Request) -> int:
+    """Of a beam: so many that `beam_width` of them go on, whichever stop tokens are among them. As in transformers."""
+    return max(2, 1 + len(request.stop_token_ids)) * request.params.beam_width
+
+
 class BeamSearch:
     """The state of one search. Each beam is a request of its own to the scheduler, which forks and frees its blocks."""
 
@@ -50,7 +55,7 @@ class BeamSearch:
                 for token, probability in self._candidates[beam]
             ),
             key=lambda entry: (-entry[0], entry[1:]),
-        )[: max(2, 1 + len(first.stop_token_ids)) * width]
+        )[: num_candidates(first)]
         self._candidates.clear()
         length = first.num_output_tokens + 1
         at_limit = first.num_prompt_tokens + length >= first.max_total_tokens
@@ -136,4 +141,4 @@ class BeamSearch:
         return self._normalised(best, length) <= self.finished[-1][0]
 
     def _normalised(self, score: np.float32, length: int) -> float:
-        return float(score / np.float32(length**self.params.length_penalty))
+        return float(float(score) / length**self.params.length_penalty)

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from paged_backend.beam import BeamSearch
+from paged_backend.beam import BeamSearch, Candidates
 from paged_backend.config import EngineConfig
 from paged_backend.errors import DeadlineExceeded, EngineDead, InvalidArgument, Overloaded
 from paged_backend.intake import Intake, Prompt, Spread, sibling, spread
+from paged_backend.interrupts import HeldBack
 from paged_backend.metrics import Metrics
 from paged_backend.outputs import join, output_of
 from paged_backend.plugins.manager import PluginManager
@@ -288,50 +289,66 @@ class Engine:
 
     def _advance(self) -> None:
         """One step; its outputs go to whom they belong."""
-        outputs, self._pending = self._pending, []
-        try:
-            if self._live and self.error is None:
-                self._expire(outputs)
-                if self._scheduler.has_work:
-                    self._step(outputs)
-        except Exception as error:
-            logger.exception("the engine met an error it cannot survive")
-            self.error = error
-            outputs += self._end_all(error)
-        except BaseException:  # Ctrl-C on the thread that steps: undo the step, for the sake of other callers
-            self._scheduler.cancel()
-            raise
-        finally:
-            for output in outputs:
-                collected = self._collected.get(output.request_id)
-                (self._pending if collected is None else collected).append(output)
+        with HeldBack() as held_back:
+            outputs, self._pending = self._pending, []
+            try:
+                if self._live and self.error is None:
+                    self._step(outputs, held_back)
+            except Exception as error:
+                logger.exception("the engine met an error it cannot survive")
+                self.error = error
+                outputs += self._end_all(error)
+            except BaseException:  # Ctrl-C on the thread that steps: undo the step, for the sake of other callers
+                self._scheduler.cancel()
+                raise
+            finally:
+                for output in outputs:
+                    collected = self._collected.get(output.request_id)
+                    (self._pending if collected is None else collected).append(output)
 
-    def _step(self, outputs: list[RequestOutput]) -> None:
+    def _step(self, outputs: list[RequestOutput], held_back: HeldBack) -> None:
         began = time.perf_counter()
+        self._expire(outputs)
+        if not self._scheduler.has_work:
+            return
         plan = self._scheduler.schedule()
         self._observe_plan(plan)
         try:
-            sampled = self._runner.execute(plan)
+            with held_back.let_in():
+                sampled = self._runner.execute(plan)
         finally:
             self._scheduler.end_step()
-        complete: dict[str, _Live] = {}
+        before = len(outputs)
+        self._commit_all(plan, sampled, outputs)
+        seconds = time.perf_counter() - began
+        self._learn(plan, seconds)
+        made = sum(len(output.token_ids) for output in outputs[before:])
+        self._steps += 1
+        self._computed_tokens += plan.num_tokens
+        self._output_tokens += made
+        self._on_step(stats=StepStats(len(plan.slots), plan.num_tokens, made, seconds))
+
+    def _commit_all(self, plan: StepPlan, sampled: list[int | Candidates], outputs: list[RequestOutput]) -> None:
+        """Give every request that sampled what it got; one by one: outputs before an error are kept."""
+        complete: dict[str, Request] = {}
         for request, got in zip(plan.sampling, sampled, strict=True):
             live = self._live.get(request.request_id)
             if live is None:
                 continue  # another beam of the same request has ended it
             if isinstance(got, int):
-                outputs.append(self._commit(request, got))  # one by one: those before an error are kept
+                outputs.append(self._commit(request, got))
             elif live.search is not None and live.search.offer(request, got):
-                complete[request.request_id] = live
-        for request_id, live in complete.items():
-            if request_id in self._live:
-                outputs += self._advance_beams(live)
-        seconds = time.perf_counter() - began
-        self._learn(plan, seconds)
-        self._steps += 1
-        self._computed_tokens += plan.num_tokens
-        self._output_tokens += len(sampled)
-        self._on_step(stats=StepStats(len(plan.slots), plan.num_tokens, len(sampled), seconds))
+                (complete[request.request_id],) = live.sequences
+        for request in complete.values():
+            if request.ended:
+                continue
+            try:
+                outputs += self._advance_beams(self._live[request.request_id])
+            except Exception as error:
+                logger.exception("request %s: its beam search failed", request.request_id)
+                if request.ended:
+                    raise  # not the search: nobody knows what is left of it
+                outputs.append(self._end(request, "error", error))
 
     def _learn(self, plan: StepPlan, seconds: float) -> None:
         """What computing a prompt token costs, for the choice between that and swapping."""
@@ -369,7 +386,7 @@ class Engine:
         """Give a request its next token, and end it if that was the last."""
         live = self._live[request.request_id]
         if token < 0:
-            self._scheduler.taint(request)
+            self._scheduler.taint([request] if live.search is None else live.search.beams)
             request = request if live.search is None else next(iter(live.sequences))
             return self._end(request, "error", FloatingPointError("the model's logits for this request are not finite"))
         request.token_ids.append(token)
@@ -405,12 +422,7 @@ class Engine:
         (request,) = live.sequences
         request.first_token_time = time.monotonic()
         self._on_first_token(request=request)
-        try:
-            texts = search.texts(self.tokenizer)
-        except Exception as error:
-            logger.exception("request %s: its text cannot be decoded", request.request_id)
-            return [self._end(request, "error", error)]
-        reasons = search.reasons
+        texts, reasons = search.texts(self.tokenizer), search.reasons
         last = self._end(request, reasons[0])
         return search.outputs(last, texts, reasons)
 

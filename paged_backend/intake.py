@@ -23,6 +23,7 @@ Prompt = str | Sequence[int]
 Spread = SamplingParams | Sequence[SamplingParams] | None
 
 _GOLDEN = 0x9E3779B97F4A7C15
+_MOST_CANDIDATES = 1024  # of each beam; a search compares those of all its beams in every step
 
 
 class Intake:
@@ -65,6 +66,13 @@ class Intake:
                     field, getattr(params, field), f"at most max_num_seqs={self._config.max_num_seqs}"
                 )
         stops = set(params.stop_token_ids) if params.ignore_eos else self.eos.union(params.stop_token_ids)
+        if params.beam_width > 1 and params.beam_width * (1 + len(stops)) > _MOST_CANDIDATES:
+            raise InvalidArgument(
+                "stop_token_ids",
+                f"{len(stops)} tokens",
+                f"at most {_MOST_CANDIDATES // params.beam_width - 1} with beam_width={params.beam_width}, "
+                "end-of-sequence included",
+            )
         salt = options.cache_salt
         if salt is None:
             salt = "" if self._config.enable_prefix_caching else secrets.token_hex(16)

@@ -62,7 +62,8 @@ class Metrics:
     @hookimpl
     def paged_request_scheduled(self, request: Request) -> None:
         """Queue time, the first time."""
-        if request.num_preemptions == 0 and request.scheduled_time is not None:
+        a_beam = request.steered and request.num_output_tokens > 0  # that found no room when it was forked
+        if request.num_preemptions == 0 and request.scheduled_time is not None and not a_beam:
             self._queue.observe(request.scheduled_time - request.arrival_time)
 
     @hookimpl

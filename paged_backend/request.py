@@ -51,7 +51,7 @@ class SamplingParams(CheckedModel):
     """Generate past end-of-sequence."""
     beam_width: int = Field(1, ge=1, le=64)
     """More than 1 searches for the likeliest outputs, keeping this many at a time; tokens come when it ends."""
-    length_penalty: float = Field(1.0, ge=-100, le=100)
+    length_penalty: float = Field(1.0, ge=-10, le=10)
     """A finished beam scores its log-probability divided by its length to this power: larger favours longer ones."""
     early_stopping: bool | Literal["never"] = False
     """When a beam search ends: True, with `beam_width` finished beams; False, when a better one is unlikely; "never",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -113,6 +115,46 @@ def test_changed_weights_need_a_reset_and_get_it(make: MakeEngine) -> None:
     assert after.token_ids != before.token_ids
     (again,) = engine.generate([prompt], greedy(8))
     assert again.token_ids == after.token_ids
+
+
+@pytest.mark.parametrize("swap", ["0", "1MiB"])
+def test_nobody_finds_what_was_computed_before_a_reset(make: MakeEngine, swap: str) -> None:
+    engine = make(num_blocks=25, max_model_len=80, swap_space_bytes=swap, preemption_policy="swap")
+    prompt = list(range(10, 26))
+    engine.add_request(prompt, greedy(40))
+    made = [token for _ in range(3) for output in engine.step() for token in output.token_ids]
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(9)
+        for parameter in engine.model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    engine.reset_prefix_cache()
+    while engine.has_work:
+        made += [token for output in engine.step() for token in output.token_ids]
+    whole = [*prompt, *made][:50]
+    engine.generate([whole[:18]], greedy(2))  # its blocks must not lead to the old ones behind them
+    (got,) = engine.generate([whole], greedy(8))
+    (want,) = engine.generate([whole], greedy(8), RequestOptions(cache_salt="fresh"))
+    assert got.token_ids == want.token_ids
+    assert 0 < got.num_cached_tokens < 24
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_nan_of_one_request_never_reaches_another(make: MakeEngine, beams: int) -> None:
+    for family in ("llama", "mistral"):
+        engine = make(family, num_blocks=80, max_num_batched_tokens=16)
+        prompts = [[20 + index] * 33 for index in range(12)]
+        want = engine.generate(prompts, greedy(4))
+        with torch.no_grad():
+            engine.model.get_input_embeddings().weight[100] = float("nan")
+        bad = [5, 6, 100] + [9] * 80
+        engine.generate([bad], SamplingParams(max_tokens=8, beam_width=beams))
+        engine.add_request(bad, request_id="gone")
+        engine.step()
+        engine.abort("gone")
+        engine.reset_prefix_cache()
+        got = [engine.generate([prompt], greedy(4))[0] for prompt in prompts]
+        assert [output.error for output in got] == [None] * len(prompts)
+        assert tokens(got) == tokens(want)
 
 
 # ---- samples of one prompt
@@ -287,6 +329,49 @@ def test_a_noisy_tenant_does_not_make_a_quiet_one_wait(make: MakeEngine) -> None
     # Its share used up, it waits for one long prompt of the other at most.
     assert max(steps_to_first_token("fair-share", 100)) <= 1 + 100 / (32 - 8)
     assert max(steps_to_first_token("fcfs", 100)) > 100
+
+
+def test_ctrl_c_anywhere_in_a_step_loses_nothing(make: MakeEngine) -> None:
+    """A real SIGINT at a random line of the planning and the books; the step is done, or done again."""
+    watched = ("scheduler.py", "beam.py", "block_pool.py", "block_tables.py", "prefix_cache.py", "host_tier.py")
+    rng = random.Random(3)
+
+    def run(interrupts: bool) -> dict[tuple[str, int], list[int]]:
+        engine = make(num_blocks=30, max_num_seqs=6, max_num_batched_tokens=32, swap_space_bytes="200KiB")
+        engine.add_request([5, 6, 7, 8, 9, 10, 11], greedy(12), request_id="one")
+        engine.add_request([5, 6, 7, 8, 9, 10, 12], SamplingParams(beam_width=3, max_tokens=12), request_id="beams")
+        engine.add_request([5, 6, 7, 8, 30, 10, 12], greedy(12, n=2), request_id="two")
+        made: dict[tuple[str, int], list[int]] = {}
+        lines = 0
+
+        def trace(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal lines
+            if not frame.f_code.co_filename.endswith(watched):
+                return None
+            lines -= event == "line"
+            if lines == 0:
+                signal.raise_signal(signal.SIGINT)
+            return trace
+
+        while engine.has_work:
+            lines = rng.randint(1, 500)
+            try:
+                if interrupts and rng.random() < 0.5:
+                    sys.settrace(trace)
+                outputs = engine.step()
+            except KeyboardInterrupt:
+                continue
+            finally:
+                sys.settrace(None)
+            for output in outputs:
+                made.setdefault((output.request_id, output.index), []).extend(output.token_ids)
+        all_free(engine)
+        engine.tables.check()
+        return made
+
+    want = run(False)
+    for _ in range(10):
+        assert run(True) == want
 
 
 def test_everything_at_once_loses_nothing(make: MakeEngine) -> None:

@@ -158,6 +158,10 @@ class ReferenceAttention:
             return _visible(spec, query_at, torch.arange(width * block_size, device=query.device)).view(count, 1, 1, -1)
 
         mask = batch.derive((rows.start, spec.window, spec.chunk), make_mask)
+        if spec.window is not None or spec.chunk is not None:
+            # A request outlives NaN that its window has passed, and gives the blocks back: they may lie behind the end
+            # of another's. Masked scores do not hide NaN.
+            key, value = (x.masked_fill(~mask.view(count, 1, -1, 1), 0) for x in (key, value))
         # Query heads of one KV head become query positions of it: no K/V is repeated.
         grouped = query.view(count, spec.num_kv_heads, -1, spec.key_dim)
         sinks = None if sinks is None else sinks.view(1, spec.num_kv_heads, -1, 1)

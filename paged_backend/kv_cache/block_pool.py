@@ -165,6 +165,11 @@ class BlockPool:
                 self._forget(block)
             self._tainted.add(block)
 
+    def taint_unheld(self) -> None:
+        """So may any block that nobody holds: it was given back before the NaN was seen."""
+        self._tainted.update(self._free, self._retired, (b for b in self._by_key.values() if not self._holders[b]))
+        self.reset()
+
     def take_to_clear(self) -> list[int]:
         """Blocks handed out since the last call that must be made all zero before they are written."""
         blocks, self._to_clear = self._to_clear, []

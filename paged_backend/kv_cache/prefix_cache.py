@@ -24,6 +24,8 @@ class PrefixCache:
         self._tables, self._pool, self._host = tables, tables.pool, host
         self._registered = np.zeros(tables.array.shape[1], dtype=np.int64)
         """Blocks of each slot that are registered already."""
+        self._stale = np.zeros(tables.array.shape[1], dtype=bool)
+        """Slots that held blocks at the last reset: nobody else may find them, nor what is computed from them."""
 
     def match(self, hashes: Sequence[bytes], most: int) -> int:
         """How many blocks, at most `most`, a new request need not compute."""
@@ -88,7 +90,9 @@ class PrefixCache:
         self._registered[slot] = length
 
     def register(self, slot: int, hashes: Sequence[bytes], length: int) -> None:
-        """Let the first `length` blocks of a slot be found."""
+        """Let the first `length` blocks of a slot be found, unless they are older than the last reset."""
+        if self._stale[slot]:
+            return
         done, length = int(self._registered[slot]), min(length, len(hashes))
         if done >= length:
             return
@@ -104,7 +108,7 @@ class PrefixCache:
         Stops where the host is full: what follows the first missing block would be of no use.
         """
         held: list[int] = []
-        if self._host is not None:
+        if self._host is not None and not self._stale[slot]:
             for i in range(int(self._registered[slot])):
                 for index, block in enumerate(self._tables.array[:, slot, i].tolist()):
                     host = self._host.store(block, _key(index, hashes[i])) if block else 0
@@ -115,14 +119,16 @@ class PrefixCache:
 
     def forked(self, source: int, target: int) -> None:
         """A slot now shares the blocks of another."""
+        self._stale[target] = self._stale[source]
         self._registered[target] = min(self._registered[source], self._tables.lengths[target])
 
     def released(self, slot: int) -> None:
         """A slot is empty again."""
-        self._registered[slot] = 0
+        self._registered[slot], self._stale[slot] = 0, False
 
     def reset(self) -> None:
-        """Forget all content, as when the weights have changed."""
+        """Forget all content, as when the weights have changed. Running requests go on with theirs, for themselves."""
+        self._stale[:] = self._tables.lengths > 0
         self._pool.reset()
         if self._host is not None:
             self._host.pool.reset()

@@ -11,6 +11,7 @@ import torch
 from paged_kernels.attention import AttentionBackend, AttentionBatch
 from torch import Tensor
 
+from paged_backend.beam import Candidates, num_candidates
 from paged_backend.kv_cache.block_tables import BlockTables
 from paged_backend.kv_cache.groups import group_layers
 from paged_backend.kv_cache.moves import BlockMoves
@@ -26,9 +27,6 @@ from paged_backend.scheduler.plan import StepPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Candidates = list[tuple[int, float]]
-"""Token ids and their log-probabilities, the likeliest first."""
 
 
 class PagedModel:
@@ -161,11 +159,6 @@ class ModelRunner:
             storage.copy(moves.copies)
         if self._swap is not None and moves.fetches:
             self._swap.fetch(moves.fetches)
-
-
-def num_candidates(request: Request) -> int:
-    """Of a beam: so many that `beam_width` of them go on, whichever stop tokens are among them. As in transformers."""
-    return max(2, 1 + len(request.stop_token_ids)) * request.params.beam_width
 
 
 def _candidates(logits: Tensor, request: Request) -> Candidates:

@@ -27,7 +27,7 @@ class SchedulingPolicy:
         return request.arrival_index
 
     def displaces(self, waiting: Request, running: Request) -> bool:
-        """Whether a waiting request that finds no room may take that of a running one. Never true both ways."""
+        """Whether a waiting request that finds no room may take that of a running one that ranks behind it."""
         return False
 
     def started(self, request: Request) -> None:
@@ -58,7 +58,7 @@ class Priority(SchedulingPolicy):
 
     def displaces(self, waiting: Request, running: Request) -> bool:
         """See `SchedulingPolicy.displaces`."""
-        return waiting.priority < running.priority and self.key(waiting) < self.key(running)
+        return waiting.priority < running.priority
 
 
 class ShortestRemaining(SchedulingPolicy):

@@ -8,7 +8,7 @@ however many run; Python touches a request only when it gets a block, a chunk of
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -99,15 +99,24 @@ class Scheduler:
     def release(self, request: Request) -> None:
         """Take a request out of its slot or the queue, and free what it holds: a beam that is not continued."""
         if request.slot >= 0:
+            if self._computed[request.slot] < self._length[request.slot] - 1:
+                # In the middle of its prompt: nobody has seen whether what it computed is finite.
+                pool = self.tables.pool
+                pool.taint(block for block in self.tables.blocks(request.slot) if pool.holders(block) == 1)
             self._vacate(request)
         elif request in self.waiting:
             self.waiting.remove(request)
         self._drop_swapped(request)
 
-    def taint(self, request: Request) -> None:
-        """The K and V of a running request may hold NaN: nobody may find its blocks, or get them uncleared."""
-        if request.slot >= 0:
-            self.tables.pool.taint(self.tables.blocks(request.slot))
+    def taint(self, requests: Iterable[Request]) -> None:
+        """The K and V of these may hold NaN, and so may what they gave back, such as blocks behind their window.
+
+        None of it can be found any more, and nobody gets it uncleared.
+        """
+        for request in requests:
+            if request.slot >= 0:
+                self.tables.pool.taint(self.tables.blocks(request.slot))
+        self.tables.pool.taint_unheld()
 
     def fork(self, parent: Request, child: Request) -> None:
         """Start `child`, whose tokens are the computed ones of `parent` and one more, with the same blocks.
@@ -258,7 +267,7 @@ class Scheduler:
             needed = blocks_needed(tables.groups, total, tables.block_size, self.max_num_batched_tokens) - held
             if tables.num_free_slots and needed <= spare:
                 break
-            if tables.pool.num_retired or not self._displace(request, plan):
+            if tables.pool.num_retired or not self._displace(request, needed - spare, plan):
                 return None
             spare = self._spare()
         self.waiting.remove(request)
@@ -276,8 +285,8 @@ class Scheduler:
         plan.admitted.append(request)
         return spare - needed, count
 
-    def _displace(self, waiting: Request, plan: StepPlan) -> bool:
-        """Preempt one request whose room a waiting one may have.
+    def _displace(self, waiting: Request, missing: int, plan: StepPlan) -> bool:
+        """Preempt one request whose room a waiting one, which lacks `missing` blocks, may have; nobody in vain.
 
         The policy says whose. Beams that wait for others of their search, which may be in the queue, also make room
         for whoever ranks before them: else searches could hold what the others need, for ever.
@@ -289,9 +298,11 @@ class Scheduler:
             request
             for request in self.running
             if request not in self._chosen
-            and (self.policy.displaces(waiting, request) or (request.slot in idle and request.rank > waiting.rank))
+            and request.rank > waiting.rank
+            and (request.slot in idle or self.policy.displaces(waiting, request))
         ]
-        if not victims:
+        room = sum(int(self.tables.lengths[request.slot]) for request in victims) * len(self.tables.groups)
+        if not victims or room < missing:
             return False
         self._preempt(self.preemption.victim(victims), plan)
         return True

@@ -97,6 +97,16 @@ def test_beams_beside_sampling_change_nobody_and_abort_frees_all() -> None:
     engine.close()
 
 
+def test_extreme_penalties_and_candidates_are_bounded() -> None:
+    engine = Engine(EngineConfig(block_size=4, num_blocks=300), model=build())
+    for penalty in (-10, 10):
+        (output,) = engine.generate([[5, 6]], SamplingParams(beam_width=2, max_tokens=60, length_penalty=penalty))
+        assert output.error is None
+    with pytest.raises(InvalidArgument, match="stop_token_ids='100 tokens': at most 63 with beam_width=16"):
+        engine.generate([[5]], SamplingParams(beam_width=16, stop_token_ids=range(100), ignore_eos=True))
+    engine.close()
+
+
 class NoWords:
     """A tokenizer that cannot decode."""
 
