@@ -52,6 +52,9 @@ class Intake:
     ) -> Request:
         """The request; nothing is accepted yet. Raises `InvalidArgument`."""
         params, options = params or SamplingParams(), options or RequestOptions()
+        for field, value, kind in (("params", params, SamplingParams), ("options", options, RequestOptions)):
+            if not isinstance(value, kind):
+                raise InvalidArgument(field, value, f"must be a {kind.__name__}")
         token_ids = self._tokenise(prompt)
         room = self._max_model_len - len(token_ids)
         if room < 1:
@@ -142,7 +145,7 @@ def spread(params: Spread, prompts: Sequence[Prompt]) -> Sequence[SamplingParams
     if isinstance(prompts, str):
         raise InvalidArgument("prompts", prompts, "must be a list of prompts")
     count = len(prompts)
-    if params is None or isinstance(params, SamplingParams):
+    if params is None or isinstance(params, SamplingParams | dict):
         return [params or SamplingParams()] * count
     if len(params) != count:
         raise InvalidArgument("params", f"{len(params)} SamplingParams", f"one, or as many as the {count} prompts")

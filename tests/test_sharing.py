@@ -203,6 +203,12 @@ def test_a_stream_of_samples_finishes_once(make: MakeEngine) -> None:
     all_free(engine)
 
 
+@pytest.mark.parametrize(("field", "value"), [("options", {"priority": 1}), ("params", {"n": 1})])
+def test_a_dictionary_is_no_object(make: MakeEngine, field: str, value: Any) -> None:
+    with pytest.raises(InvalidArgument, match=f"{field}=.*: must be a "):
+        make().generate([[5]], **{field: value})
+
+
 def test_more_samples_than_slots_are_refused(make: MakeEngine) -> None:
     with pytest.raises(InvalidArgument, match="n=5: at most max_num_seqs=4"):
         make(max_num_seqs=4).generate([[5]], SamplingParams(n=5))
@@ -370,7 +376,7 @@ def test_ctrl_c_anywhere_in_a_step_loses_nothing(make: MakeEngine) -> None:
         return made
 
     want = run(False)
-    for _ in range(10):
+    for _ in range(40):
         assert run(True) == want
 
 

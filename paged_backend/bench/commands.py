@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paged_backend.bench import shapes, workloads
-from paged_backend.bench.result import ThroughputResult, write_json
+from paged_backend.bench.result import ThroughputResult, check_writable, write_json
 from paged_backend.errors import InvalidArgument
 
 app = typer.Typer(help="Measure speed.", no_args_is_help=True)
@@ -48,7 +48,7 @@ def throughput(
     chosen = workloads.workload(workload)
     if peer not in ("hf", "none"):
         raise InvalidArgument("peer", peer, "must be hf or none")
-    _check(output)
+    check_writable("output", output)
     fields = settings_fields(setting or [], ("model", "dtype", "device"))
     if peer == "hf":
         fields.setdefault("gpu_memory_utilization", 0.5)  # both are on the GPU at once
@@ -110,13 +110,14 @@ def _show(result: ThroughputResult) -> None:
 @app.command()
 def planning(
     running: Annotated[
-        list[int] | None, typer.Option(min=1, help="Running requests; may be given again. Default: 16, 64, 256, 1024.")
+        list[int] | None,
+        typer.Option(min=1, max=65536, help="Running requests; may be given again. Default: 16, 64, 256, 1024."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 1000,
     output: Output = None,
 ) -> None:
     """Measure the host time of planning a step, by the number of running requests."""
-    _check(output)
+    check_writable("output", output)
     from paged_backend.bench import machine
     from paged_backend.bench.planning import measure
 
@@ -142,7 +143,7 @@ def neighbour(
     output: Output = None,
 ) -> None:
     """Measure a quiet tenant's time to first token without, then with a noisy one beside it."""
-    _check(output)
+    check_writable("output", output)
     fields = settings_fields(setting or [], ("model", "scheduling_policy"))
     from paged_backend import models
     from paged_backend.bench import machine
@@ -167,8 +168,3 @@ def neighbour(
         }
         write_json(output, document)
     Console().print(table)
-
-
-def _check(output: Path | None) -> None:
-    if output is not None and not output.absolute().parent.is_dir():
-        raise InvalidArgument("output", str(output), "its directory does not exist")

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from paged_backend.bench.machine import Machine
+from paged_backend.errors import InvalidArgument
 
 
 @dataclass(slots=True)
@@ -63,6 +64,16 @@ class ThroughputResult:
             written["median_tokens_per_second"] = round(series.median_rate, 2)
             written["ratio"] = round(self.ratio(series), 4)
         write_json(path, document)
+
+
+def check_writable(field: str, path: Path | None) -> None:
+    """Raises `InvalidArgument` now for a path that could not be written in the end. None is no path."""
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise InvalidArgument(field, str(path), "its directory does not exist")
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise InvalidArgument(field, str(path), "must be a file that can be written")
 
 
 def write_json(path: Path, document: object) -> None:

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from paged_backend.scheduler.preemption import PreemptionPolicy
     from paged_backend.simulate.router import Router
 
+NAMES = {
+    "paged_attention_backend": ("reference",),
+    "paged_scheduling_policy": ("fcfs", "priority", "shortest-remaining", "fair-share"),
+    "paged_preemption_policy": ("auto", "swap", "recompute"),
+    "paged_eviction_policy": ("lru",),
+    "paged_router": ("round-robin", "least-loaded", "prefix-affinity"),
+}
+"""What each factory here makes."""
+
 # Imports are inside: the command line loads this module and must not load torch.
 
 

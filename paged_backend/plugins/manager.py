@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import pluggy
 
 from paged_backend.errors import InvalidArgument, PagedBackendError
-from paged_backend.plugins import hookspecs
+from paged_backend.plugins import builtin, hookspecs
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -19,8 +19,6 @@ class PluginManager:
     """The built-in plugins, those installed under the entry-point group `paged_backend`, and those given."""
 
     def __init__(self, plugins: Iterable[object] = ()) -> None:
-        from paged_backend.plugins import builtin
-
         self.pluggy = pluggy.PluginManager("paged_backend")
         self.pluggy.add_hookspecs(hookspecs)
         self.pluggy.register(builtin, name="builtin")
@@ -41,7 +39,9 @@ class PluginManager:
         """Ask a factory hook for `name`. Raises `InvalidArgument` for `field` when no plugin knows it."""
         made = getattr(self.hook, hook)(name=name, **arguments)
         if made is None:
-            raise InvalidArgument(field, name, f"no plugin provides it; asked {', '.join(self.providers(hook))}")
+            known = ", ".join(builtin.NAMES[hook])
+            asked = ", ".join(self.providers(hook))
+            raise InvalidArgument(field, name, f"no plugin provides it; built in are {known}; asked {asked}")
         return made
 
     def providers(self, hook: str) -> list[str]:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from paged_backend.bench.commands import settings_fields
+from paged_backend.bench.result import check_writable
 from paged_backend.config import EngineConfig
 from paged_backend.errors import CheckedModel, InvalidArgument
 from paged_backend.simulate.names import ALLOCATORS, PAGED, RESERVATIONS, SHAREGPT_OUTPUT, SHAREGPT_PROMPT
@@ -114,8 +115,7 @@ def simulate_command(
     No device is needed, and a million requests take minutes.
     """
     for name, path in (("csv", csv), ("png", png), ("json", output), ("save_trace", save_trace)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InvalidArgument(name, str(path), "its directory does not exist")
+        check_writable(name, path)
     if rate is not None and not rate > 0:
         raise InvalidArgument("rate", rate, "must be more than 0")
     fields = settings_fields(setting or [], ("model", "device", "scheduling_policy"))

@@ -33,7 +33,7 @@ def read_trace(path: Path) -> Trace:
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file, strict=True)
+            rows = (row for row in csv.reader(file, strict=True) if row)  # blank lines are none
             header = [name.strip() for name in next(rows, [])]
             if set(_OWN[:3]) <= set(header):
                 return _read_own(header, list(rows))
