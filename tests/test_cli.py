@@ -8,8 +8,8 @@ import json
 import os
 import pty
 import signal
-import subprocess
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
