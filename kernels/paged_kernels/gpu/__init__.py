@@ -1,0 +1,1 @@
+"""Triton-language kernels for CUDA GPUs, each beside its plain PyTorch reference."""
