@@ -40,7 +40,7 @@ class EngineConfig(CheckedModel):
     """torch device, such as "cpu" or "cuda:1". "auto" is the first CUDA device, else the CPU."""
 
     block_size: int = Field(16, ge=1, le=1024)
-    """Tokens per KV block."""
+    """Tokens per KV block. Unless it is set, an attention backend may choose another: triton takes 64."""
     num_blocks: int | None = Field(None, ge=1)
     """KV blocks in the cache. None derives it from `kv_cache_bytes`."""
     kv_cache_bytes: Bytes | None = Field(None, ge=1)
@@ -85,8 +85,14 @@ class EngineConfig(CheckedModel):
     the cheaper one as measured."""
     eviction_policy: str = "lru"
     """Which cached block goes first when room is needed."""
-    attention_backend: str = "reference"
-    """Name of an attention backend; plugins add more."""
+    attention_backend: str = "auto"
+    """reference (plain PyTorch), triton (kernels for CUDA GPUs), or auto: triton on a GPU; plugins add more."""
+    fuse: bool = True
+    """With the triton backend, compute models of a known structure with packed weights and fused kernels."""
+    cuda_graphs: bool = True
+    """Replay decode steps of fused models as CUDA graphs."""
+    look_ahead: bool = True
+    """Plan and launch each step before the tokens of the one before are known, so that the device never waits."""
 
     @model_validator(mode="after")
     def _consistent(self) -> EngineConfig:

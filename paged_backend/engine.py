@@ -23,9 +23,9 @@ from paged_backend.outputs import join, output_of
 from paged_backend.plugins.manager import PluginManager
 from paged_backend.request import FinishReason, Request, RequestOptions, RequestOutput, SamplingParams
 from paged_backend.runner.cache import make_cache
-from paged_backend.runner.check import verify
 from paged_backend.runner.loader import LoadedModel, context_length, eos_token_ids
-from paged_backend.runner.runner import ModelRunner, PagedModel
+from paged_backend.runner.runner import Launched
+from paged_backend.runner.setup import make_model, make_runner, with_defaults_of
 from paged_backend.scheduler.plan import StepPlan
 from paged_backend.scheduler.scheduler import Scheduler
 from paged_backend.stats import EngineStats, StepStats
@@ -44,6 +44,16 @@ class _Live:
     sequences: dict[Request, OutputText | None]
     """Its outputs that have not ended, and their texts if there is a tokenizer. Of a beam search, the first beam."""
     search: BeamSearch | None = None
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A step that was launched, and whose tokens are not committed."""
+
+    plan: StepPlan
+    launched: Launched
+    seconds: float
+    """Spent on it so far."""
 
 
 class Engine:
@@ -67,41 +77,40 @@ class Engine:
         make = self.plugins.make
         policy = make("paged_scheduling_policy", "scheduling_policy", config.scheduling_policy, config=config)
         preemption = make("paged_preemption_policy", "preemption_policy", config.preemption_policy, config=config)
-        backend = make("paged_attention_backend", "attention_backend", config.attention_backend, config=config)
+        backend = None
+        if (chosen := config.attention_backend) != "auto":
+            backend = make("paged_attention_backend", "attention_backend", chosen, config=config)
         if model is None:
             loaded = self.plugins.hook.paged_load_model(config=config)
         else:
             # The caller's own use of a tokenizer sets its padding and truncation, and would change our prompts.
             loaded = LoadedModel(model, copy.deepcopy(tokenizer))
-        self.config, self.model, self.tokenizer = config, loaded.model, loaded.tokenizer
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        if backend is None:
+            chosen = "triton" if self.model.device.type == "cuda" else "reference"
+            backend = make("paged_attention_backend", "attention_backend", chosen, config=config)
+        self.config = config = with_defaults_of(backend, config)
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         trained = context_length(self.model)
         if config.max_model_len is not None and config.max_model_len > trained:
             raise InvalidArgument("max_model_len", config.max_model_len, f"at most {trained}, the model's context")
+        longest = config.max_model_len or trained
         sampler = self.plugins.hook.paged_sampler(config=config)
         processors = [made for made in self.plugins.hook.paged_logits_processor(config=config) if made is not None]
-        self._paged_model = paged = PagedModel(self.model, backend)
+        self._paged_model = paged = make_model(config, self.model, backend, longest)
         try:
-            verify(paged, config.block_size)
             cache = make_cache(
                 config,
                 paged,
-                min(config.max_model_len or trained, trained),
+                longest,
                 lambda: make("paged_eviction_policy", "eviction_policy", config.eviction_policy, config=config),
             )
+            self._runner = make_runner(config, paged, cache, sampler, processors)
         except BaseException:
             paged.close()
             raise
         self.tables, self.max_model_len = cache.tables, cache.max_model_len
         self._host, self._costs = cache.host, cache.costs
-        self._runner = ModelRunner(
-            paged,
-            self.tables,
-            max_model_len=self.max_model_len,
-            sampler=sampler,
-            logits_processors=processors,
-            swap=cache.swap,
-        )
         self._scheduler = Scheduler(
             policy,
             self.tables,
@@ -119,7 +128,11 @@ class Engine:
             eos=eos_token_ids(self.model),
             max_model_len=self.max_model_len,
         )
+        self._look_ahead = config.look_ahead and not processors  # these are shown all tokens of their requests
+        self._in_flight: deque[_InFlight] = deque()
+        """At most two, and between steps at most one."""
         self._live: dict[str, _Live] = {}
+        self._num_searches = 0
         self._deadlines: list[tuple[float, int, Request]] = []
         """A heap of when requests may have to be ended."""
         self._pending: list[RequestOutput] = []
@@ -182,6 +195,7 @@ class Engine:
         if not request.steered:
             sequences += [sibling(request, index) for index in range(1, request.params.n)]
         self._live[request.request_id] = live = _Live({}, BeamSearch(request) if request.steered else None)
+        self._num_searches += request.steered
         for sequence in sequences:
             sequence.arrival_index = next(self._arrivals)
             has_text = self.tokenizer is not None and not request.steered
@@ -239,6 +253,7 @@ class Engine:
         del live.sequences[request]
         if not live.sequences:
             del self._live[request.request_id]
+            self._num_searches -= request.steered
         request.end(reason, error)
         self._on_ended(request=request)
         return output_of(request, token_ids or [], text, finished=not live.sequences)
@@ -279,7 +294,7 @@ class Engine:
         return bool(self._pending or (self._live and self.error is None))
 
     def step(self) -> list[RequestOutput]:
-        """Run one step and return what it brought.
+        """Wait for one step and return what it brought; the next one runs already, if `look_ahead` is on.
 
         Never raises: an error on the device, or in the engine itself, ends every request with it, and the engine.
         """
@@ -292,14 +307,18 @@ class Engine:
         with HeldBack() as held_back:
             outputs, self._pending = self._pending, []
             try:
-                if self._live and self.error is None:
+                if (self._live or self._in_flight) and self.error is None:
                     self._step(outputs, held_back)
             except Exception as error:
                 logger.exception("the engine met an error it cannot survive")
                 self.error = error
                 outputs += self._end_all(error)
-            except BaseException:  # Ctrl-C on the thread that steps: undo the step, for the sake of other callers
+                with held_back.let_in():
+                    self._abandon()
+            except BaseException:  # Ctrl-C on the thread that steps: undo the steps, for the sake of other callers
                 self._scheduler.cancel()
+                with held_back.let_in():
+                    self._abandon()
                 raise
             finally:
                 for output in outputs:
@@ -307,34 +326,66 @@ class Engine:
                     (self._pending if collected is None else collected).append(output)
 
     def _step(self, outputs: list[RequestOutput], held_back: HeldBack) -> None:
-        began = time.perf_counter()
+        """Launch until two steps are in flight, then commit the older one.
+
+        That a request has stopped is known a step late; what the younger step brings for it is dropped. A request that
+        a plan preempts has tokens in flight at most in the step committed next, before a plan may admit it again.
+        Beams are steered by all their tokens: nothing runs ahead of them.
+        """
         self._expire(outputs)
-        if not self._scheduler.has_work:
-            return
+        ahead = self._look_ahead and self._runner.asynchronous and not self._num_searches
+        while self._scheduler.has_work and len(self._in_flight) <= ahead:
+            self._launch(held_back)
+        while self._in_flight:
+            self._finish(outputs, held_back)
+            if self._live and any(len(step.plan.slots) for step in self._in_flight):
+                break  # else there is nothing to wait for, or nobody left: then every block is to be free
+
+    def _launch(self, held_back: HeldBack) -> None:
+        began = time.perf_counter()
         plan = self._scheduler.schedule()
         self._observe_plan(plan)
-        try:
-            with held_back.let_in():
-                sampled = self._runner.execute(plan)
-        finally:
-            self._scheduler.end_step()
+        with held_back.let_in():
+            launched = self._runner.launch(plan)
+        self._in_flight.append(_InFlight(plan, launched, time.perf_counter() - began))
+
+    def _finish(self, outputs: list[RequestOutput], held_back: HeldBack) -> None:
+        """Wait for the oldest step in flight and commit it."""
+        step, began = self._in_flight[0], time.perf_counter()
+        with held_back.let_in():
+            sampled = step.launched.wait()
+        self._in_flight.popleft()
+        self._scheduler.end_step()
+        if not len(step.plan.slots):
+            return
         before = len(outputs)
-        self._commit_all(plan, sampled, outputs)
-        seconds = time.perf_counter() - began
-        self._learn(plan, seconds)
+        self._commit_all(step.plan, sampled, outputs)
+        seconds = step.seconds + time.perf_counter() - began
+        self._learn(step.plan, seconds)
         made = sum(len(output.token_ids) for output in outputs[before:])
         self._steps += 1
-        self._computed_tokens += plan.num_tokens
+        self._computed_tokens += step.plan.num_tokens
         self._output_tokens += made
-        self._on_step(stats=StepStats(len(plan.slots), plan.num_tokens, made, seconds))
+        self._on_step(stats=StepStats(len(step.plan.slots), step.plan.num_tokens, made, seconds))
+
+    def _abandon(self) -> None:
+        """Wait for the steps in flight, if the device still runs them. What they bring is for nobody."""
+        steps, self._in_flight = self._in_flight, deque()
+        while self.tables.steps_in_flight:
+            self._scheduler.end_step()
+        for step in steps:
+            with contextlib.suppress(Exception):
+                step.launched.wait()
 
     def _commit_all(self, plan: StepPlan, sampled: list[int | Candidates], outputs: list[RequestOutput]) -> None:
         """Give every request that sampled what it got; one by one: outputs before an error are kept."""
         complete: dict[str, Request] = {}
         for request, got in zip(plan.sampling, sampled, strict=True):
             live = self._live.get(request.request_id)
-            if live is None:
-                continue  # another beam of the same request has ended it
+            if request.ended or live is None:  # since the step was planned; or another beam of the same has ended it
+                if got == -1:
+                    self._scheduler.taint([])
+                continue
             if isinstance(got, int):
                 outputs.append(self._commit(request, got))
             elif live.search is not None and live.search.offer(request, got):
@@ -473,6 +524,8 @@ class Engine:
                 for sequence in [] if live is None else list(live.sequences):
                     self._end(sequence, "abort")
                 del self._collected[request.request_id]
+            if not self._live and self._in_flight:
+                self._advance()
 
     def stats(self) -> EngineStats:
         """Numbers of now; safe to call from another thread."""
@@ -499,4 +552,5 @@ class Engine:
             for request_id in list(self._live):
                 self.abort(request_id)
             self.error = EngineDead("the engine was closed")
+        self._abandon()
         self._paged_model.close()

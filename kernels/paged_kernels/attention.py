@@ -35,9 +35,14 @@ class LayerSpec:
     softcap: float | None = None
     """Scores become `softcap * tanh(scores / softcap)` (Gemma 2)."""
 
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.num_heads // self.num_kv_heads
+
 
 class LayerCache(NamedTuple):
-    """K and V of one layer, `[num_blocks + 1, block_size, num_kv_heads, dim]`; block 0 is never read unmasked."""
+    """K and V of one layer, `[num_blocks + 1, ...]`, laid out as the backend likes; block 0 is never read unmasked."""
 
     key: Tensor
     value: Tensor
@@ -94,7 +99,10 @@ class AttentionBackend(Protocol):
 
 
 class ReferenceAttention:
-    """Plain PyTorch on any device: gather the blocks, then scaled_dot_product_attention. Slow, and always right."""
+    """Plain PyTorch on any device: gather the blocks, then scaled_dot_product_attention. Slow, and always right.
+
+    Blocks are `[block_size, num_kv_heads, dim]`.
+    """
 
     def allocate(
         self, spec: LayerSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device

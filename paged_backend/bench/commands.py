@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,9 +16,19 @@ from rich.table import Table
 from paged_backend.bench import shapes, workloads
 from paged_backend.bench.result import ThroughputResult, check_writable, write_json
 from paged_backend.errors import InvalidArgument
+from paged_backend.request import SamplingParams
+
+if TYPE_CHECKING:
+    from paged_backend.bench.step import StepProfile
 
 app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 
+Model = Annotated[
+    str,
+    typer.Option(help=f"Local directory, hub id, known name, or one of {', '.join(shapes.SHAPES)} (random weights)."),
+]
+DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda[:index].")]
 Output = Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")]
 Setting = Annotated[
     list[str] | None,
@@ -28,24 +38,32 @@ Setting = Annotated[
 
 @app.command()
 def throughput(
-    workload: Annotated[str, typer.Option(help=f"One of {', '.join(workloads.NAMES)}.")] = "batch32",
-    model: Annotated[
-        str,
-        typer.Option(help=f"Local directory, hub id, known name, or one of {', '.join(shapes.SHAPES)}."),
-    ] = "smollm2-135m-instruct",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:index].")] = "auto",
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(help=f"One of {', '.join(workloads.NAMES)}; may be given again. Default: batch32."),
+    ] = None,
+    model: Model = "smollm2-135m-instruct",
+    dtype: DType = "bfloat16",
+    device: Device = "auto",
     peer: Annotated[str, typer.Option(help="hf (transformers' generate) or none.")] = "hf",
     batch_size: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Batch size for the peer to try; may be given again. Default: all, half."),
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each system, in turns.")] = 3,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens whose probabilities sum to this.")] = 1.0,
     setting: Setting = None,
-    output: Output = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the result to this JSON file; of several workloads, a list.")
+    ] = None,
 ) -> None:
-    """Compare tokens per second of the engine with a peer on a fixed workload."""
-    chosen = workloads.workload(workload)
+    """Compare tokens per second of the engine with a peer on fixed workloads, one after the other."""
+    sampling = SamplingParams(temperature=temperature, top_p=top_p)
+    chosen = [
+        dataclasses.replace(workloads.workload(name), temperature=sampling.temperature, top_p=top_p)
+        for name in workload or ["batch32"]
+    ]
     if peer not in ("hf", "none"):
         raise InvalidArgument("peer", peer, "must be hf or none")
     check_writable("output", output)
@@ -62,21 +80,28 @@ def throughput(
     console = Console(stderr=True)
     with ExitStack() as stack:
         config = EngineConfig(**{"model": model, "dtype": dtype, "device": device} | fields)
-        if model in shapes.SHAPES:
-            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{model}-")))
-            console.print(f"making {model}", style="dim")
-            shapes.save_random(model, path)
-        else:
-            path = models.resolve(model, config.revision)
+        ours = config
+        if model not in shapes.SHAPES or peer == "hf":
+            if model in shapes.SHAPES:
+                path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{model}-")))
+                console.print(f"making {model}", style="dim")
+                shapes.save_random(model, path)
+            else:
+                path = models.resolve(model, config.revision)
+            ours = config.model_copy(update={"model": str(path), "revision": None})
         console.print("loading the engine", style="dim")
-        systems: list[System] = [OurEngine(config.model_copy(update={"model": str(path), "revision": None}))]
+        systems: list[System] = [OurEngine(ours)]
         if peer == "hf":
             console.print("loading the peer", style="dim")
             systems.append(HfPeer(path, dtype, device, batch_size or []))
-        result = compare(config, chosen, systems, repeat, lambda line: console.print(line, style="dim"))
-    if output is not None:
-        result.write(output)
-    _show(result)
+        results: list[ThroughputResult] = []
+        for each in chosen:
+            console.print(each.name, style="dim")
+            results.append(compare(config, each, systems, repeat, lambda line: console.print(line, style="dim")))
+            if output is not None:  # now: the next one may fail
+                documents = [result.document() for result in results]
+                write_json(output, documents if len(chosen) > 1 else documents[0])
+    _show(results)
 
 
 def settings_fields(settings: list[str], options: Sequence[str]) -> dict[str, object]:
@@ -92,18 +117,98 @@ def settings_fields(settings: list[str], options: Sequence[str]) -> dict[str, ob
     return fields
 
 
-def _show(result: ThroughputResult) -> None:
-    table = Table(title=f"{result.workload}, {result.model}, {result.dtype}: {result.unit}")
-    table.add_column("system")
-    for turn in range(len(result.series[0].seconds)):
-        table.add_column(f"run {turn + 1}", justify="right")
-    table.add_column("median", justify="right")
-    table.add_column("ratio", justify="right")
-    table.add_column("load s", justify="right")
-    for series in result.series:
-        rates = [f"{rate:,.1f}" for rate in [*series.rates, series.median_rate]]
-        ratio = f"{result.ratio(series):.2f}x"
-        table.add_row(series.system, *rates, ratio, f"{series.load_seconds:.1f}")
+def _show(results: list[ThroughputResult]) -> None:
+    first = results[0]
+    sampling = f", temperature {first.temperature:g}, top_p {first.top_p:g}" if first.temperature else ""
+    anchor = next((result.anchor for result in results if result.anchor is not None), None)
+    runs = [f"run {turn + 1}" for turn in range(len(first.series[0].seconds))]
+    columns = ["workload", "unit", "system", *runs, "median", "ratio", "load s"]
+    if anchor is not None:
+        columns += [anchor.system, "ratio to it"]
+    table = Table(title=f"{first.model}, {first.dtype}{sampling}")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("workload", "unit", "system") else "right")
+    for result in results:
+        for series in result.series:
+            rates = [f"{rate:,.1f}" for rate in series.rates]
+            median = _rate(series.median_rate, 1, result)
+            cells = [*rates, median, f"{result.ratio(series):.2f}x", f"{series.load_seconds:.1f}"]
+            if result.anchor is not None:
+                low, high = result.anchor.lowest, result.anchor.highest
+                shown = f"{low:,.0f}-{high:,.0f}" if low < high else _rate(high, 0, result)
+                cells += [shown, f"{series.median_rate / high:.2f}x"]
+            table.add_row(result.workload, result.unit, series.system, *cells)
+        table.add_section()
+    Console().print(table)
+
+
+def _rate(rate: float, digits: int, result: ThroughputResult) -> str:
+    """Tokens per second, of a lone request also as the time of a token."""
+    return f"{rate:,.{digits}f}" + (f" ({1000 / rate:.2f} ms/token)" if result.num_requests == 1 else "")
+
+
+@app.command()
+def step(
+    rows: Annotated[int | None, typer.Option(min=1, max=65536, help="Requests that decode. Default: 1.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of each before. Default: 512.")] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Instead of decodes, the prefill of one prompt of so many tokens.")
+    ] = None,
+    model: Model = "smollm2-135m-instruct",
+    dtype: DType = "bfloat16",
+    device: Device = "auto",
+    profile: Annotated[Path | None, typer.Option(help="Write a Chrome trace of the steps to this file.")] = None,
+    setting: Setting = None,
+    output: Output = None,
+) -> None:
+    """Show where the time of one step goes: its kernels, beside the bytes they must move and what a copy reaches."""
+    if prompt_tokens is not None and (rows, context) != (None, None):
+        raise InvalidArgument("prompt_tokens", prompt_tokens, "is a step without rows and context")
+    check_writable("output", output)
+    check_writable("profile", profile)
+    fields = settings_fields(setting or [], ("model", "dtype", "device"))
+    rows = rows or 1
+    defaults: dict[str, object] = {"enable_prefix_caching": False, "optimize_for": "throughput"}
+    defaults["max_num_seqs"] = max(rows, 256)
+    if prompt_tokens is not None:  # alone in a step, and whole
+        defaults |= {"max_num_seqs": 1, "max_num_batched_tokens": prompt_tokens}
+    from paged_backend import models
+    from paged_backend.bench import machine
+    from paged_backend.bench.step import measure
+    from paged_backend.config import EngineConfig
+
+    config = EngineConfig(**{"model": model, "dtype": dtype, "device": device} | defaults | fields)
+    if model not in shapes.SHAPES:
+        path = models.resolve(model, config.revision)
+        config = config.model_copy(update={"model": str(path), "revision": None})
+    found = measure(config, rows, context or 512, prompt_tokens, profile)
+    if output is not None:
+        document = {
+            "machine": dataclasses.asdict(machine.describe()),
+            "model": Path(model).name,
+            "settings": config.model_dump(exclude_defaults=True, exclude={"model"}),
+            "step": dataclasses.asdict(found) | {"busy": found.busy},
+        }
+        write_json(output, document)
+    _show_step(Path(model).name, found)
+
+
+def _show_step(model: str, found: StepProfile) -> None:
+    title = f"{model}: {found.rows} x {found.tokens} tokens, context {found.context:,.0f}"
+    table = Table(title=title, caption_justify="left")
+    table.caption = (
+        f"wall {found.wall_microseconds:,.0f} us a step, kernels {found.kernel_microseconds:,.0f} us "
+        f"({found.busy:.0%}); a copy moves {found.copy_gb_per_second:,.0f} GB/s"
+    )
+    for name in ("kernels", "calls", "us", "share", "model MB", "GB/s", "of copy"):
+        table.add_column(name, justify="left" if name == "kernels" else "right")
+    for each in found.kernels:
+        cells = [each.kind, f"{each.calls:,.1f}", f"{each.microseconds:,.1f}", f"{each.share:.1%}"]
+        if each.model_bytes is None or each.gb_per_second is None or each.of_copy is None:
+            cells += ["-"] * 3
+        else:
+            cells += [f"{each.model_bytes / 1e6:,.2f}", f"{each.gb_per_second:,.0f}", f"{each.of_copy:.0%}"]
+        table.add_row(*cells)
     Console().print(table)
 
 

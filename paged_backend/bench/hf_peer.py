@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ class HfPeer:
     def warm_up(self, workload: Workload) -> None:
         """Run every batch size once and keep the fastest."""
         total = len(workload.requests)
-        self._run(Workload(workload.name, [(prompt, 2) for prompt, _ in workload.requests[:2]]), 2)
+        self._run(replace(workload, requests=[(prompt, 2) for prompt, _ in workload.requests[:2]]), 2)
         tried: dict[int, float] = {}
         for size in {min(size, total) for size in self.batch_sizes or (total, (total + 1) // 2)}:
             tried |= self._try(workload, size)
@@ -58,6 +59,10 @@ class HfPeer:
         self._run(workload, self.batch_size)
 
     def _run(self, workload: Workload, batch_size: int) -> None:
+        sampling: dict[str, object] = {"do_sample": False}
+        if workload.temperature:
+            sampling = {"do_sample": True, "temperature": workload.temperature, "top_p": workload.top_p}
+            sampling["top_k"] = 0  # not transformers' default
         rows = sorted(workload.requests, key=lambda request: (request[1], len(request[0])))
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
@@ -68,7 +73,7 @@ class HfPeer:
             made = self.model.generate(
                 ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
-                do_sample=False,
+                **sampling,
                 min_new_tokens=length,
                 max_new_tokens=length,
                 pad_token_id=0,

@@ -9,6 +9,7 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from paged_backend.bench.anchors import Anchor
 from paged_backend.bench.machine import Machine
 from paged_backend.errors import InvalidArgument
 
@@ -41,6 +42,9 @@ class ThroughputResult:
     """One workload on one model, on our engine and its peers."""
 
     workload: str
+    num_requests: int
+    temperature: float
+    top_p: float
     model: str
     dtype: str
     device: str
@@ -49,6 +53,7 @@ class ThroughputResult:
     measured_at: str
     """UTC, ISO 8601."""
     machine: Machine
+    anchor: Anchor | None
     series: list[Series]
     """Our engine first; the last is what the others are compared with."""
 
@@ -56,14 +61,18 @@ class ThroughputResult:
         """How many times faster `series` is than the last one, by medians."""
         return series.median_rate / self.series[-1].median_rate
 
-    def write(self, path: Path) -> None:
-        """Write JSON to `path`."""
+    def document(self) -> dict[str, object]:
+        """What goes into the JSON file."""
         document = asdict(self)
         for series, written in zip(self.series, document["series"], strict=True):
             written["tokens_per_second"] = [round(rate, 2) for rate in series.rates]
             written["median_tokens_per_second"] = round(series.median_rate, 2)
             written["ratio"] = round(self.ratio(series), 4)
-        write_json(path, document)
+            if self.anchor is not None:
+                written["ratio_to_anchor"] = round(series.median_rate / self.anchor.highest, 4)
+            if self.num_requests == 1:
+                written["median_ms_per_token"] = round(1000 / series.median_rate, 4)
+        return document
 
 
 def check_writable(field: str, path: Path | None) -> None:

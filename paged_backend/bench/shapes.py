@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from paged_backend.config import EngineConfig
+    from paged_backend.engine import Engine
 
 _LLAMA3: dict[str, Any] = {
     "num_key_value_heads": 8,
@@ -35,12 +41,27 @@ SHAPES: dict[str, dict[str, Any]] = {
 """The shapes of Llama-3.2-1B and Llama-3.1-8B."""
 
 
-def save_random(name: str, directory: Path) -> None:
-    """Save a model of `SHAPES[name]` with seeded random bfloat16 weights; there is no tokenizer."""
+def make_random(name: str, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+    """A model of `SHAPES[name]` with seeded random weights, made on its device; "auto" is bfloat16 here."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from paged_backend.runner.loader import resolve_device
+
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM._from_config(LlamaConfig(**SHAPES[name]), dtype=torch.bfloat16)
-    model.save_pretrained(directory)
+    weights = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    with resolve_device(device):
+        return LlamaForCausalLM._from_config(LlamaConfig(**SHAPES[name]), dtype=weights).eval()
+
+
+def save_random(name: str, directory: Path) -> None:
+    """Save `make_random(name)`; there is no tokenizer."""
+    make_random(name).save_pretrained(directory)
+
+
+def make_engine(config: EngineConfig) -> Engine:
+    """An engine of `config.model`, which may be one of `SHAPES`."""
+    from paged_backend.engine import Engine
+
+    name = config.require_model()
+    return Engine(config, model=make_random(name, config.device, config.dtype) if name in SHAPES else None)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Protocol
 
 from paged_backend.bench import machine
+from paged_backend.bench.anchors import anchor
 from paged_backend.bench.result import Series, ThroughputResult
+from paged_backend.bench.shapes import make_engine
 from paged_backend.bench.workloads import Workload
 from paged_backend.config import EngineConfig
-from paged_backend.engine import Engine
 from paged_backend.request import SamplingParams
 
 
@@ -40,7 +41,7 @@ class OurEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         start = time.perf_counter()
-        self.engine = Engine(config)
+        self.engine = make_engine(config)
         self.load_seconds = time.perf_counter() - start
         self.settings: dict[str, object] = config.model_dump(exclude_defaults=True, exclude={"model"})
 
@@ -51,7 +52,8 @@ class OurEngine:
     def run(self, workload: Workload) -> None:
         """All requests at once, with nothing cached before."""
         self.engine.reset_prefix_cache()
-        params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for _, n in workload.requests]
+        sampling = {"temperature": workload.temperature, "top_p": workload.top_p, "ignore_eos": True}
+        params = [SamplingParams(max_tokens=n, **sampling) for _, n in workload.requests]
         outputs = self.engine.generate([prompt for prompt, _ in workload.requests], params)
         for output, (_, wanted) in zip(outputs, workload.requests, strict=True):
             if output.error is not None:
@@ -88,14 +90,19 @@ def compare(
 ) -> ThroughputResult:
     """`measure`, with all that is needed to know what the figures mean."""
     series = measure(systems, workload, repeat, report)
-    name = config.require_model()
+    name, host = config.require_model(), machine.describe()
+    as_the_anchors = config.device != "cpu" and config.dtype in ("auto", "bfloat16") and not workload.temperature
     return ThroughputResult(
         workload=workload.name,
+        num_requests=len(workload.requests),
+        temperature=workload.temperature,
+        top_p=workload.top_p,
         model=Path(name).name if Path(name).exists() else name,
         dtype=config.dtype,
         device=config.device,
         unit="prompt tok/s" if workload.counts_prompts else "output tok/s",
         measured_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        machine=machine.describe(),
+        machine=host,
+        anchor=anchor(workload.name, name, host.gpus[0]) if as_the_anchors and host.gpus else None,
         series=series,
     )

@@ -11,11 +11,14 @@ from paged_backend.errors import InvalidArgument
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests that are all submitted at once, decoded greedily past end-of-sequence."""
+    """Requests that are all submitted at once, decoded past end-of-sequence."""
 
     name: str
     requests: list[tuple[list[int], int]]
     """Prompt token ids and output length."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
 
     @property
     def prompt_tokens(self) -> int:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from paged_backend.simulate.router import Router
 
 NAMES = {
-    "paged_attention_backend": ("reference",),
+    "paged_attention_backend": ("reference", "triton"),
     "paged_scheduling_policy": ("fcfs", "priority", "shortest-remaining", "fair-share"),
     "paged_preemption_policy": ("auto", "swap", "recompute"),
     "paged_eviction_policy": ("lru",),
@@ -39,10 +39,17 @@ def paged_load_model(config: EngineConfig) -> LoadedModel:
 
 @hookimpl(trylast=True)
 def paged_attention_backend(name: str, config: EngineConfig) -> AttentionBackend | None:
-    """ "reference"."""
-    from paged_kernels.attention import ReferenceAttention
+    """ "reference" and "triton"."""
+    match name:
+        case "reference":
+            from paged_kernels.attention import ReferenceAttention
 
-    return ReferenceAttention() if name == "reference" else None
+            return ReferenceAttention()
+        case "triton":
+            from paged_kernels.gpu.attention import TritonAttention
+
+            return TritonAttention()
+    return None
 
 
 @hookimpl(trylast=True)

@@ -18,7 +18,7 @@ from paged_backend.kv_cache.storage import block_bytes
 from paged_backend.kv_cache.swap import SwapSpace
 from paged_backend.runner.capacity import choose_num_blocks, choose_num_host_blocks
 from paged_backend.runner.check import peak_step_bytes
-from paged_backend.runner.runner import PagedModel
+from paged_backend.runner.model import PagedModel
 from paged_backend.scheduler.preemption import PreemptionCosts
 
 logger = logging.getLogger(__name__)

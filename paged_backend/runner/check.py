@@ -13,7 +13,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.errors import UnsupportedModel
 from paged_backend.runner.attention import using_eager
 from paged_backend.runner.batch import FlatBatch
-from paged_backend.runner.runner import PagedModel
+from paged_backend.runner.model import PagedModel
 
 _TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 

@@ -62,8 +62,6 @@ class Scheduler:
         """Slots whose next token is not their own sample (beams)."""
         self._loads: list[Request] = []
         self._copies: list[tuple[int, int]] = []
-        self._clears: list[int] = []
-        """Of the last plan."""
         self._lost: set[int] = set()
         """Slots whose requests were preempted while this step is planned."""
         self._chosen: set[Request] = set()
@@ -179,9 +177,9 @@ class Scheduler:
             self.host.take()
         self._copies.clear()
         self._loads.clear()
-        self.tables.pool.taint(self._clears)  # who knows whether they were cleared
         while self.tables.steps_in_flight:
             self.tables.end_step()
+        self.tables.pool.taint_unheld()  # who knows what was written, and what was cleared
 
     def _room_for_decodes(self, slots: npt.NDArray[np.int64], plan: StepPlan) -> npt.NDArray[np.int64]:
         """A block for each decode that begins one; returns the slots that have room, or lose it later."""
@@ -368,7 +366,7 @@ class Scheduler:
         plan.sampling = list(map(self._at, sampled.tolist()))
         self._length[sampled] += np.where(self._steered[sampled], 0, plan.num_steps)
         plan.loads, self._loads = [request for request in self._loads if request.slot >= 0], []
-        plan.moves.clears = self._clears = self.tables.pool.take_to_clear()
+        plan.moves.clears = self.tables.pool.take_to_clear()
         plan.moves.copies, self._copies = self._copies, []
         if self.host is not None:
             plan.moves.stores, plan.moves.fetches = self.host.take()

@@ -1,0 +1,341 @@
+"""Runs steps whose tokens never leave the device on the way to the next: fused model, sampling and state in one.
+
+The host only sends what it alone knows: which slots a step runs, at which positions, new blocks, prompt tokens. A step
+of decodes alone is a CUDA graph, one for each size of batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from paged_kernels.gpu.compilation import compile_ahead
+from paged_kernels.gpu.decode_attention import DecodeRows
+from paged_kernels.gpu.prefill_attention import PrefillRows, plan_tiles
+from paged_kernels.gpu.sampling import add_to_logits, sample
+from paged_kernels.gpu.shared_prefix import SharedPrefixes, find_prefixes, num_shared_items, plan_prefixes
+from paged_kernels.gpu.step import apply_changes, locate, locate_tokens
+from torch import Tensor
+
+from paged_backend.beam import Candidates
+from paged_backend.kv_cache.block_tables import BlockTables
+from paged_backend.kv_cache.swap import SwapSpace
+from paged_backend.request import Request
+from paged_backend.runner.device_state import DeviceState
+from paged_backend.runner.model import PagedModel
+from paged_backend.runner.runner import Launched, ModelRunner
+from paged_backend.runner.sampling import LogitsProcessor, Sampler
+from paged_backend.runner.step import StepInputs
+from paged_backend.scheduler.plan import StepPlan
+
+logger = logging.getLogger(__name__)
+
+_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+_RING = 4  # steps whose host buffers are kept apart; two are in flight at most
+_Array = npt.NDArray[np.integer[Any]]
+
+
+@dataclass(slots=True)
+class _Enqueued:
+    """A step on the device."""
+
+    tokens: Tensor
+    """`[rows]` int32 on the host, written when `done`."""
+    done: torch.cuda.Event | None
+
+    def wait(self) -> list[int | Candidates]:
+        """See `Launched`."""
+        if self.done is not None:
+            self.done.synchronize()
+        tokens: list[int | Candidates] = self.tokens.tolist()
+        return tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    """Steps of decodes that one graph can run."""
+
+    rows: int
+    shared: bool = False
+    """Whether rows share prefixes."""
+    forbidden: int = 0
+    """Room for so many pairs of a row and a token that it may not sample."""
+
+
+class DeviceRunner(ModelRunner):
+    """A `ModelRunner` for a model that could be fused.
+
+    Steps with beams or with logits processors need the logits on the host, and run as the base class runs them.
+    """
+
+    asynchronous = True
+
+    def __init__(
+        self,
+        paged_model: PagedModel,
+        tables: BlockTables,
+        *,
+        max_model_len: int,
+        max_num_tokens: int,
+        sampler: Sampler,
+        logits_processors: Sequence[LogitsProcessor],
+        swap: SwapSpace | None = None,
+        cuda_graphs: bool = True,
+    ) -> None:
+        """`max_num_tokens`: of one step."""
+        super().__init__(
+            paged_model,
+            tables,
+            max_model_len=max_model_len,
+            sampler=sampler,
+            logits_processors=logits_processors,
+            swap=swap,
+        )
+        self.device, self.device_state = paged_model.device, DeviceState(tables, paged_model.device)
+        num_slots = tables.array.shape[1]
+        spec = paged_model.layers[0].spec
+        self._group = spec.group
+        self._num_shared_items = 0
+        if len(tables.groups) == 1 and tables.groups[0].keeps_all:
+            self._num_shared_items = num_shared_items(spec.num_kv_heads, self.device)
+        self._on_cuda = self.device.type == "cuda"
+        self._cuda_graphs = cuda_graphs and self._on_cuda
+        self._requests: list[Request | None] = [None] * num_slots
+        self._min_positions = np.zeros(num_slots, dtype=np.int64)
+        """Where a slot's first stop token may stand."""
+        self._prefixes_of: bytes | None = None
+        self._prefixes: list[tuple[npt.NDArray[np.int64], int]] = []
+        """What `find_prefixes` found in the slots `_prefixes_of`."""
+        room = 3 * max_num_tokens + 16 * num_slots + 8192
+        self._inbox = torch.zeros(room, dtype=torch.int32, device=self.device)
+        self._sent = [torch.zeros(room, dtype=torch.int32, pin_memory=self._on_cuda) for _ in range(_RING)]
+        self._tokens = torch.zeros(num_slots, dtype=torch.int32, device=self.device)
+        self._logprobs = torch.zeros(num_slots, dtype=torch.float32, device=self.device)
+        self._received = [torch.zeros_like(self._tokens, device="cpu", pin_memory=self._on_cuda) for _ in range(_RING)]
+        self._counters = paged_model.make_counters(num_slots)
+        self._turn = 0
+        self._graphs: dict[_Variant, torch.cuda.CUDAGraph] = {}
+        if self._on_cuda:
+            with torch.inference_mode():
+                self._prepare(num_slots)
+
+    # ---- steps
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Launched:
+        """See `ModelRunner.launch`."""
+        self._move(plan.moves)
+        for request in plan.loads:
+            self._load(request)
+        if not len(plan.slots):
+            return _Enqueued(self._received[0][:0], None)
+        if self._logits_processors or any(request.steered for request in plan.sampling):
+            return self._launch_on_host(plan)
+        self._turn = (self._turn + 1) % _RING
+        if plan.samples.all() and plan.counts[-1] == 1:
+            self._decode(plan)
+        else:
+            self._mixed(plan)
+        tokens = self._received[self._turn][: len(plan.sampling)]
+        tokens.copy_(self._tokens[: len(tokens)], non_blocking=True)
+        done = None
+        if self._on_cuda:
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        return _Enqueued(tokens, done)
+
+    def _load(self, request: Request) -> None:
+        slot = request.slot
+        self.state.load(request)
+        self.device_state.load(slot, self.state, request.token_ids[-1])
+        self._requests[slot], self._prefixes_of = request, None
+        self._min_positions[slot] = 0
+        if request.stop_token_ids:
+            self._min_positions[slot] = request.num_prompt_tokens + request.params.min_tokens
+
+    def _launch_on_host(self, plan: StepPlan) -> Launched:
+        """A step whose logits the host must see; everything before it has been committed."""
+        for slot in plan.slots.tolist():
+            request = self._requests[slot]
+            assert request is not None
+            self.state.load(request)
+        launched = self._compute(plan)
+        for request, token in zip(plan.sampling, launched.wait(), strict=True):
+            if isinstance(token, int):
+                self.device_state.set_last_token(request.slot, token)
+        return launched
+
+    def _decode(self, plan: StepPlan) -> None:
+        """A step of decodes that all sample."""
+        rows = len(plan.slots)
+        size = self._size(rows)
+        batch = _padding(size)
+        batch[1, :rows], batch[2, :rows], batch[3, :rows] = plan.slots, plan.starts, plan.starts + 1
+        sections: list[_Array] = [batch.ravel()]
+        if prefixes := self._find_prefixes(plan):
+            shared = plan_prefixes(prefixes, plan.slots, size, self._group, self._num_shared_items)
+            sections += [part.ravel() for part in shared]
+        forbidden, room = self._forbidden(plan), 0
+        if len(forbidden):
+            room = 1 << max(6, (len(forbidden) - 1).bit_length())  # few sizes: each has a graph of its own
+            sections += _padded(forbidden, room)
+        variant = _Variant(size, bool(prefixes), room)
+        received = self._send(sections, plan.slots)
+        graph = self._graphs.get(variant)
+        if graph is not None:
+            graph.replay()
+            return
+        self._decode_step(variant, received)  # this also loads kernels, which a capture must not
+        if self._cuda_graphs:
+            self._capture(variant, received)
+
+    def _decode_step(self, variant: _Variant, received: list[Tensor]) -> None:
+        """All that the device does in a step of decodes."""
+        batch, *rest = received
+        ids, slots, positions, next_positions = batch.view(4, -1)
+        inputs = self._inputs(ids, slots, positions, DecodeRows(slots, positions, self._counters))
+        if variant.shared:
+            rows, items, members, *rest = rest
+            inputs.shared = SharedPrefixes(rows.view(-1, 4), items.view(self._num_shared_items, -1), members)
+        self._sample(self.paged_model.compute(inputs), slots, next_positions, rest)
+
+    def _mixed(self, plan: StepPlan) -> None:
+        """A step with chunks of prompts in it."""
+        starts, counts, slots, samples = plan.starts, plan.counts, plan.slots, plan.samples
+        ends = np.cumsum(counts)
+        offsets = ends - counts
+        singles = int((counts == 1).sum())
+        token_slots = np.repeat(slots, counts)
+        positions = np.arange(ends[-1]) + np.repeat(starts - offsets, counts)
+        ids = self.state.tokens[token_slots, positions]
+        ids[:singles][samples[:singles]] = -1  # perhaps sampled by the step before
+        sections: list[_Array] = [ids, token_slots, positions]
+        sections += [(ends - 1)[samples], slots[samples], (starts + counts)[samples], (starts + counts - 1)[samples]]
+        tiles = plan_tiles(starts[singles:], counts[singles:], self._group)
+        sections += [slots[singles:], starts[singles:], counts[singles:], offsets[singles:], *tiles]
+        forbidden = self._forbidden(plan)
+        if len(forbidden):
+            sections += _padded(forbidden, len(forbidden))
+        received = self._send(sections, slots)
+        device_ids, device_slots, device_positions, at, sampled_slots, next_positions, sampled_positions = received[:7]
+        decodes = chunks = None
+        if singles:
+            decodes = DecodeRows(device_slots[:singles], device_positions[:singles], self._counters)
+        if singles < len(slots):
+            chunks = PrefillRows(*received[7:13])
+        inputs = self._inputs(device_ids, device_slots, device_positions, decodes, chunks)
+        inputs.sampled = DecodeRows(sampled_slots, sampled_positions, self._counters)
+        inputs.sampled_at = at.long()
+        logits = self.paged_model.compute(inputs)
+        if len(logits):
+            self._sample(logits, sampled_slots, next_positions, received[13:])
+
+    def _inputs(
+        self,
+        ids: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        decodes: DecodeRows | None,
+        chunks: PrefillRows | None = None,
+    ) -> StepInputs:
+        tables = self.device_state.block_tables
+        input_ids, slot_mapping = locate_tokens(
+            ids, slots, positions, self.device_state.sampling.last_token, tables, self.tables.block_size
+        )
+        return StepInputs(input_ids, positions, slot_mapping, tables, decodes, chunks)
+
+    def _sample(self, logits: Tensor, slots: Tensor, positions: Tensor, forbidden: list[Tensor]) -> None:
+        if forbidden:
+            rows, tokens, count = forbidden
+            values = torch.full_like(rows, float("-inf"), dtype=torch.float32)
+            add_to_logits(logits, rows, tokens, values, count)
+        rows_ = len(slots)
+        sample(logits, slots, positions, self.device_state.sampling, self._tokens[:rows_], self._logprobs[:rows_])
+
+    # ---- what the host sends
+
+    def _size(self, rows: int) -> int:
+        """Rows to which a batch of decodes is padded."""
+        num_slots = len(self._tokens)
+        return min(next((size for size in _SIZES if size >= rows), num_slots), num_slots)
+
+    def _forbidden(self, plan: StepPlan) -> npt.NDArray[np.int64]:
+        """Pairs (sampling row, token) `[n, 2]` that may not be sampled: stop tokens before `min_tokens`."""
+        slots = plan.slots[plan.samples]
+        early = np.flatnonzero((plan.starts + plan.counts)[plan.samples] < self._min_positions[slots])
+        pairs = [(row, token) for row in early.tolist() for token in plan.sampling[row].stop_token_ids]
+        return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+    def _find_prefixes(self, plan: StepPlan) -> list[tuple[npt.NDArray[np.int64], int]]:
+        """Searched anew when requests have come or gone; what the others share does not change."""
+        key = plan.slots.tobytes()
+        if key != self._prefixes_of:
+            self._prefixes_of, self._prefixes = key, []
+            if self._num_shared_items:
+                tables = self.tables.array[0, plan.slots]
+                self._prefixes = find_prefixes(tables, plan.starts, self.tables.block_size)
+        return self._prefixes
+
+    def _send(self, sections: list[_Array], slots: npt.NDArray[np.int64]) -> list[Tensor]:
+        """Copy sections of int32 to the device in one go, and apply what changed there; returns where they are."""
+        changes = self.device_state.take_changes(slots).ravel()
+        host = self._sent[self._turn].numpy()
+        if changes.size > host.size // 2:  # many long prompts at once
+            apply_changes(self.device_state.tensor, torch.from_numpy(changes).to(self.device).view(-1, 2))
+            changes = changes[:0]
+        *starts, end = np.cumsum([0] + [-(-section.size // 4) * 4 for section in sections]).tolist()  # 16 bytes aligned
+        for start, section in zip(starts, sections, strict=True):
+            host[start : start + section.size] = section
+        total = end + changes.size
+        host[end:total] = changes
+        self._inbox[:total].copy_(self._sent[self._turn][:total], non_blocking=True)
+        if changes.size:
+            apply_changes(self.device_state.tensor, self._inbox[end:total].view(-1, 2))
+        return [self._inbox[start : start + len(section)] for start, section in zip(starts, sections, strict=True)]
+
+    # ---- graphs
+
+    def _prepare(self, num_slots: int) -> None:
+        """Compile what steps of decodes need, and capture a graph for each size."""
+        began = time.perf_counter()
+        sizes = sorted({self._size(size) for size in (*_SIZES, num_slots)}, reverse=True)
+        none = np.zeros(0, dtype=np.int64)
+
+        def run() -> None:
+            for size in sizes:
+                self._decode_step(_Variant(size), self._send([_padding(size).ravel()], none))
+
+        compiled = compile_ahead(run, self.device, launched=(locate,))
+        logger.info("%d kernels ready after %.1f s", compiled, time.perf_counter() - began)
+        if not self._cuda_graphs:
+            return
+        for size in sizes:  # the largest first, so that the others fit into its memory
+            received = self._send([_padding(size).ravel()], none)
+            self._decode_step(_Variant(size), received)
+            self._capture(_Variant(size), received)
+        logger.info("%d CUDA graphs ready after %.1f s", len(sizes), time.perf_counter() - began)
+
+    def _capture(self, variant: _Variant, received: list[Tensor]) -> None:
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            self._decode_step(variant, received)
+        self._graphs[variant] = graph
+
+
+def _padding(rows: int) -> npt.NDArray[np.int32]:
+    """Id, slot, position and next position of `rows` that are not there: their K and V go to block 0."""
+    return np.repeat(np.array([[-1], [-1], [0], [0]], dtype=np.int32), rows, axis=1)
+
+
+def _padded(pairs: npt.NDArray[np.int64], room: int) -> list[_Array]:
+    """Firsts and seconds of the pairs, padded to `room`, and how many there are."""
+    padded = np.zeros((2, room), dtype=np.int64)
+    padded[:, : len(pairs)] = pairs.T
+    return [*padded, np.array([len(pairs)])]

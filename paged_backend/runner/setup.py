@@ -1,0 +1,90 @@
+"""From a loaded model to one that serves: fused if it can be, verified, and with the runner that suits it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from paged_kernels.attention import AttentionBackend
+from paged_kernels.sampling import sample
+
+from paged_backend.config import EngineConfig
+from paged_backend.errors import UnsupportedModel
+from paged_backend.runner.cache import KVCache
+from paged_backend.runner.check import verify
+from paged_backend.runner.model import PagedModel
+from paged_backend.runner.runner import ModelRunner
+from paged_backend.runner.sampling import LogitsProcessor, Sampler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+def with_defaults_of(backend: AttentionBackend, config: EngineConfig) -> EngineConfig:
+    """The configuration with the block size that the backend likes, unless it was set."""
+    block_size = getattr(backend, "block_size", None)
+    if block_size is None or "block_size" in config.model_fields_set:
+        return config
+    return config.model_copy(update={"block_size": block_size})
+
+
+def make_model(
+    config: EngineConfig, model: PreTrainedModel, backend: AttentionBackend, max_positions: int
+) -> PagedModel:
+    """The model over a paged cache. Raises `UnsupportedModel` where that cannot be."""
+    paged = PagedModel(model, backend)
+    try:
+        if config.fuse and getattr(backend, "fuses", False):
+            _fuse(paged, config.block_size, max_positions)
+        if paged.fused is None:
+            verify(paged, config.block_size)
+    except BaseException:
+        paged.close()
+        raise
+    return paged
+
+
+def _fuse(paged: PagedModel, block_size: int, max_positions: int) -> None:
+    from paged_backend.runner.fused import NotFusable
+
+    name = type(paged.model).__name__
+    try:
+        paged.fuse(max_positions)
+        verify(paged, block_size)
+    except (NotFusable, UnsupportedModel) as reason:
+        logger.warning("%s runs without fused kernels, and slower: %s", name, reason)
+        paged.fused = None
+
+
+def make_runner(
+    config: EngineConfig,
+    paged: PagedModel,
+    cache: KVCache,
+    sampler: Sampler,
+    logits_processors: Sequence[LogitsProcessor],
+) -> ModelRunner:
+    """A runner that leaves tokens on the device, if the model is fused and the sampler is not a plugin's."""
+    if paged.fused is None or sampler is not sample:
+        return ModelRunner(
+            paged,
+            cache.tables,
+            max_model_len=cache.max_model_len,
+            sampler=sampler,
+            logits_processors=logits_processors,
+            swap=cache.swap,
+        )
+    from paged_backend.runner.device_runner import DeviceRunner
+
+    return DeviceRunner(
+        paged,
+        cache.tables,
+        max_model_len=cache.max_model_len,
+        max_num_tokens=config.step_tokens,
+        sampler=sampler,
+        logits_processors=logits_processors,
+        swap=cache.swap,
+        cuda_graphs=config.cuda_graphs,
+    )
