@@ -10,7 +10,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.engine import Engine
 from paged_backend.engine_thread import EngineThread
 from paged_backend.intake import Prompt
-from paged_backend.outputs import join
+from paged_backend.outputs import Whole
 from paged_backend.request import RequestOptions, RequestOutput, SamplingParams
 from paged_backend.stats import EngineStats
 
@@ -57,7 +57,10 @@ class AsyncEngine:
         self, prompt: Prompt, params: SamplingParams | None = None, options: RequestOptions | None = None
     ) -> RequestOutput:
         """The whole output of one prompt; gather several to run them together."""
-        return join([output async for output in self.stream(prompt, params, options)])
+        whole = Whole()
+        async for output in self.stream(prompt, params, options):
+            whole.append(output)
+        return whole.joined()
 
     def stats(self) -> EngineStats:
         """Numbers of the engine now."""

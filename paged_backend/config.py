@@ -58,10 +58,10 @@ class EngineConfig(CheckedModel):
     the time between tokens short while prompts arrive."""
     max_num_batched_tokens: int | None = Field(None, ge=1)
     """Token budget of one step: each decode takes one, prefill chunks share the rest. At least `max_num_seqs`. None:
-    8192, 2048 or 1024 (throughput, balanced, latency), or `max_num_seqs` if that is more."""
+    16384, 2048 or 1024 (throughput, balanced, latency), or `max_num_seqs` if that is more."""
     max_prefill_tokens: int | None = Field(None, ge=1)
     """Most prompt tokens of a step that also decodes: it bounds the time between tokens of running requests. None:
-    8192, 1024 or 256."""
+    16384, 1024 or 256."""
     max_waiting: int = Field(4096, ge=1)
     """Most requests waiting; one more is refused with `Overloaded`."""
     queue_timeout: float | None = Field(None, gt=0)
@@ -107,13 +107,13 @@ class EngineConfig(CheckedModel):
     @property
     def step_tokens(self) -> int:
         """`max_num_batched_tokens`, or what `optimize_for` makes it."""
-        default = {"throughput": 8192, "balanced": 2048, "latency": 1024}[self.optimize_for]
+        default = {"throughput": 16384, "balanced": 2048, "latency": 1024}[self.optimize_for]
         return self.max_num_batched_tokens or max(default, self.max_num_seqs)
 
     @property
     def prefill_tokens(self) -> int:
         """`max_prefill_tokens`, or what `optimize_for` makes it."""
-        return self.max_prefill_tokens or {"throughput": 8192, "balanced": 1024, "latency": 256}[self.optimize_for]
+        return self.max_prefill_tokens or {"throughput": 16384, "balanced": 1024, "latency": 256}[self.optimize_for]
 
     def require_model(self) -> str:
         """The model to load. Raises `InvalidArgument` if none is named."""

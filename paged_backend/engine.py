@@ -9,7 +9,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from paged_backend.errors import DeadlineExceeded, EngineDead, InvalidArgument, 
 from paged_backend.intake import Intake, Prompt, Spread, sibling, spread
 from paged_backend.interrupts import HeldBack
 from paged_backend.metrics import Metrics
-from paged_backend.outputs import join, output_of
+from paged_backend.outputs import Whole, output_of
 from paged_backend.plugins.manager import PluginManager
 from paged_backend.request import FinishReason, Request, RequestOptions, RequestOutput, SamplingParams
 from paged_backend.runner.cache import make_cache
@@ -137,7 +137,7 @@ class Engine:
         """A heap of when requests may have to be ended."""
         self._pending: list[RequestOutput] = []
         """Outputs for the next step to return."""
-        self._collected: dict[str, deque[RequestOutput]] = {}
+        self._collected: dict[str, deque[RequestOutput] | Whole] = {}
         """Outputs of the requests of `generate` and `stream`, which no other caller of `step` gets."""
         self._arrivals = itertools.count()
         self._steps = self._computed_tokens = self._output_tokens = 0
@@ -491,31 +491,33 @@ class Engine:
             self.make_request(prompt, one, options)
             for prompt, one in zip(prompts, spread(params, prompts), strict=True)
         ]
-        todo = deque(requests)
-        with self._collecting(requests):
+        todo, wholes = deque(requests), {request.request_id: Whole() for request in requests}
+        with self._collecting(requests, wholes):
             while todo or any(request.request_id in self._live for request in requests):
                 while todo and len(self._scheduler.waiting) < self.config.max_waiting:
                     self.enqueue(todo.popleft())
                 self._advance()
-            return [join(self._collected[request.request_id]) for request in requests]
+            return [wholes[request.request_id].joined() for request in requests]
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, options: RequestOptions | None = None
     ) -> Iterator[RequestOutput]:
         """Outputs of one prompt as they come. Leaving the iterator early aborts the request."""
         request = self.make_request(prompt, params, options)
-        with self._collecting([request]):
+        outputs: deque[RequestOutput] = deque()
+        with self._collecting([request], {request.request_id: outputs}):
             self.enqueue(request)
-            outputs = self._collected[request.request_id]
             while outputs or request.request_id in self._live:
                 while not outputs:
                     self._advance()
                 yield outputs.popleft()
 
     @contextlib.contextmanager
-    def _collecting(self, requests: Sequence[Request]) -> Iterator[None]:
+    def _collecting(
+        self, requests: Sequence[Request], collected: Mapping[str, deque[RequestOutput] | Whole]
+    ) -> Iterator[None]:
         """Keep the outputs of these requests for the caller, and abort what is left of them in the end."""
-        self._collected |= {request.request_id: deque() for request in requests}
+        self._collected.update(collected)
         try:
             yield
         finally:

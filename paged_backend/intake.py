@@ -117,14 +117,14 @@ class Intake:
             token_ids: list[int] = self.tokenizer(prompt).input_ids
         else:
             try:
-                token_ids = [operator.index(token) for token in prompt]
+                token_ids = list(map(operator.index, prompt))
             except TypeError as error:
                 raise InvalidArgument("prompt", prompt, f"must be text or a sequence of token ids: {error}") from None
         if not token_ids:
             raise InvalidArgument("prompt", prompt, "must have at least one token")
         # Of text too: tokenizers may have added tokens that the model has no embedding for.
-        at = next((at for at, token in enumerate(token_ids) if not 0 <= token < self._vocab_size), None)
-        if at is not None:
+        if min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
+            at = next(at for at, token in enumerate(token_ids) if not 0 <= token < self._vocab_size)
             raise InvalidArgument(f"prompt[{at}]", token_ids[at], f"must be a token id in 0..{self._vocab_size - 1}")
         return token_ids
 

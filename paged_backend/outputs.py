@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 from paged_backend.request import Request, RequestOutput
 
@@ -32,18 +31,27 @@ def failed(request_id: str, error: Exception) -> RequestOutput:
     return RequestOutput(request_id, "", [], 0, 0, "error", error, finished=True)
 
 
-def join(parts: Sequence[RequestOutput]) -> RequestOutput:
-    """One output of all a request's outputs; that of its sample 0, with all in `samples` if there are several."""
-    by_index: dict[int, list[RequestOutput]] = {}
-    for part in parts:
-        by_index.setdefault(part.index, []).append(part)
-    samples = tuple(
-        dataclasses.replace(
-            of_one[-1],
-            text="".join(part.text for part in of_one),
-            token_ids=[token for part in of_one for token in part.token_ids],
-            finished=True,
+class Whole:
+    """A request's outputs as they come, kept as one: objects by the token would keep the garbage collector busy."""
+
+    def __init__(self) -> None:
+        self.finished = False
+        self._parts: dict[int, tuple[list[str], list[int]]] = {}
+        """Texts and tokens, by sample."""
+        self._last: dict[int, RequestOutput] = {}
+
+    def append(self, part: RequestOutput) -> None:
+        """The next output."""
+        texts, token_ids = self._parts.setdefault(part.index, ([], []))
+        texts.append(part.text)
+        token_ids += part.token_ids
+        self._last[part.index] = part
+        self.finished = part.finished
+
+    def joined(self) -> RequestOutput:
+        """One output of all; that of sample 0, with all in `samples` if there are several."""
+        samples = tuple(
+            dataclasses.replace(self._last[index], text="".join(texts), token_ids=token_ids, finished=True)
+            for index, (texts, token_ids) in sorted(self._parts.items())
         )
-        for _, of_one in sorted(by_index.items())
-    )
-    return samples[0] if len(samples) == 1 else dataclasses.replace(samples[0], samples=samples)
+        return samples[0] if len(samples) == 1 else dataclasses.replace(samples[0], samples=samples)

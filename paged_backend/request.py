@@ -178,7 +178,7 @@ class Request:
         self.end_time = time.monotonic()
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)  # not frozen: one is made for every token, and that would take twice as long
 class RequestOutput:
     """What became of a request since the previous output (streaming), or in all (`generate`)."""
 

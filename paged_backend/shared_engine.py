@@ -12,7 +12,7 @@ from typing import Self
 from paged_backend.engine import Engine
 from paged_backend.errors import EngineDead, InvalidArgument, Overloaded
 from paged_backend.intake import Prompt, Spread, spread
-from paged_backend.outputs import failed, join
+from paged_backend.outputs import Whole, failed
 from paged_backend.request import OutputCallback, Request, RequestOptions, RequestOutput, SamplingParams
 from paged_backend.stats import EngineStats
 
@@ -99,18 +99,18 @@ class SharedEngine:
         self, prompts: Sequence[Prompt], params: Spread = None, options: RequestOptions | None = None
     ) -> list[RequestOutput]:
         """Whole outputs of all prompts, in order. If one is refused, those before it are aborted, and it raises."""
-        parts: dict[str, list[RequestOutput]] = {}
+        wholes: dict[str, Whole] = {}
         try:
             for prompt, one in zip(prompts, spread(params, prompts), strict=True):
-                collected: list[RequestOutput] = []
-                parts[self.submit(prompt, one, options, on_output=collected.append)] = collected
-            self.run_until(lambda: all(collected and collected[-1].finished for collected in parts.values()))
+                whole = Whole()
+                wholes[self.submit(prompt, one, options, on_output=whole.append)] = whole
+            self.run_until(lambda: all(whole.finished for whole in wholes.values()))
         except BaseException:
-            for request_id in parts:
+            for request_id in wholes:
                 self.abort(request_id)
-            self.run_until(lambda: self._callbacks.keys().isdisjoint(parts))
+            self.run_until(lambda: self._callbacks.keys().isdisjoint(wholes))
             raise
-        return [join(collected) for collected in parts.values()]
+        return [whole.joined() for whole in wholes.values()]
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, options: RequestOptions | None = None

@@ -88,7 +88,7 @@ def test_a_long_value_is_cut_in_the_message() -> None:
 def test_optimize_for_sets_the_budgets_and_each_may_still_be_set() -> None:
     budgets = {name: EngineConfig(optimize_for=name) for name in ("throughput", "balanced", "latency")}
     assert [(one.step_tokens, one.prefill_tokens) for one in budgets.values()] == [
-        (8192, 8192),
+        (16384, 16384),
         (2048, 1024),
         (1024, 256),
     ]

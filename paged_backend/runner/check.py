@@ -25,16 +25,10 @@ def verify(paged_model: PagedModel, block_size: int) -> None:
     `UnsupportedModel` with the difference.
     """
     model = paged_model.model
-    vocab = model.config.get_text_config().vocab_size
-    prompts = [[(7 * i + 3 * row) % (vocab - 4) + 3 for i in range(length)] for row, length in enumerate((11, 5))]
-    rounds = [[prompt[:-1] for prompt in prompts], prompts]
-    width = -(-11 // block_size)
-    with _scratch_cache(paged_model, 2 * width, block_size):
-        starts = [[0, 0], [len(prompt) - 1 for prompt in prompts]]
-        paged = [_forward(paged_model, rounds[i], starts[i], width, block_size) for i in (0, 1)]
+    rounds, logits_of_rounds = rehearse(paged_model, block_size)
     differences = []
     with using_eager(model), torch.inference_mode():
-        for prompt, logits in zip(rounds[0] + rounds[1], torch.cat(paged), strict=True):
+        for prompt, logits in zip(rounds[0] + rounds[1], torch.cat(logits_of_rounds), strict=True):
             own = model(input_ids=torch.tensor([prompt], device=model.device), use_cache=False).logits[0, -1].float()
             differences.append(float((logits - own).abs().max() / own.abs().max()))
     tolerance = _TOLERANCE.get(paged_model.dtype, 2e-3)
@@ -44,6 +38,17 @@ def verify(paged_model: PagedModel, block_size: int) -> None:
             f"{type(model).__name__} ({model.config.model_type}) computes other logits over a paged cache than on its "
             f"own: relative difference {worst:.2g}, allowed {tolerance:g}; it may keep state outside attention"
         )
+
+
+def rehearse(paged_model: PagedModel, block_size: int) -> tuple[list[list[list[int]]], list[Tensor]]:
+    """Prefill two short prompts, then decode once; returns what was seen by each round's end, and its logits."""
+    vocab = paged_model.model.config.get_text_config().vocab_size
+    prompts = [[(7 * i + 3 * row) % (vocab - 4) + 3 for i in range(length)] for row, length in enumerate((11, 5))]
+    rounds = [[prompt[:-1] for prompt in prompts], prompts]
+    width = -(-11 // block_size)
+    with _scratch_cache(paged_model, 2 * width, block_size):
+        starts = [[0, 0], [len(prompt) - 1 for prompt in prompts]]
+        return rounds, [_forward(paged_model, rounds[i], starts[i], width, block_size) for i in (0, 1)]
 
 
 def peak_step_bytes(paged_model: PagedModel, config: EngineConfig, max_model_len: int) -> int:

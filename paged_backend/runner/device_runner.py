@@ -21,6 +21,7 @@ from paged_kernels.gpu.prefill_attention import PrefillRows, plan_tiles
 from paged_kernels.gpu.sampling import add_to_logits, sample
 from paged_kernels.gpu.shared_prefix import SharedPrefixes, find_prefixes, num_shared_items, plan_prefixes
 from paged_kernels.gpu.step import apply_changes, locate, locate_tokens
+from paged_kernels.gpu.whole_prompt_attention import is_worth_it, supports_whole_prompts
 from torch import Tensor
 
 from paged_backend.beam import Candidates
@@ -99,13 +100,18 @@ class DeviceRunner(ModelRunner):
         )
         self.device, self.device_state = paged_model.device, DeviceState(tables, paged_model.device)
         num_slots = tables.array.shape[1]
+        assert paged_model.fused is not None
         spec = paged_model.layers[0].spec
         self._group = spec.group
         self._num_shared_items = 0
         if len(tables.groups) == 1 and tables.groups[0].keeps_all:
             self._num_shared_items = num_shared_items(spec.num_kv_heads, self.device)
+        self._has_whole_prompts = all(
+            supports_whole_prompts(layer.spec, paged_model.dtype, self.device) for layer in paged_model.layers
+        ) and not any(layer.sinks is not None for layer in paged_model.fused.layers)
         self._on_cuda = self.device.type == "cuda"
-        self._cuda_graphs = cuda_graphs and self._on_cuda
+        # Experts are chosen on the host.
+        self._cuda_graphs = cuda_graphs and self._on_cuda and paged_model.fused.has_static_shapes
         self._requests: list[Request | None] = [None] * num_slots
         self._min_positions = np.zeros(num_slots, dtype=np.int64)
         """Where a slot's first stop token may stand."""
@@ -217,8 +223,9 @@ class DeviceRunner(ModelRunner):
         ids[:singles][samples[:singles]] = -1  # perhaps sampled by the step before
         sections: list[_Array] = [ids, token_slots, positions]
         sections += [(ends - 1)[samples], slots[samples], (starts + counts)[samples], (starts + counts - 1)[samples]]
-        tiles = plan_tiles(starts[singles:], counts[singles:], self._group)
-        sections += [slots[singles:], starts[singles:], counts[singles:], offsets[singles:], *tiles]
+        prompts, chunks_at = self._whole_prompts(plan, offsets, singles)
+        chunked = slots[chunks_at], starts[chunks_at], counts[chunks_at], offsets[chunks_at]
+        sections += [*chunked, *plan_tiles(chunked[1], chunked[2], self._group)]
         forbidden = self._forbidden(plan)
         if len(forbidden):
             sections += _padded(forbidden, len(forbidden))
@@ -227,14 +234,32 @@ class DeviceRunner(ModelRunner):
         decodes = chunks = None
         if singles:
             decodes = DecodeRows(device_slots[:singles], device_positions[:singles], self._counters)
-        if singles < len(slots):
+        if len(chunks_at):
             chunks = PrefillRows(*received[7:13])
         inputs = self._inputs(device_ids, device_slots, device_positions, decodes, chunks)
+        inputs.prompts = prompts
         inputs.sampled = DecodeRows(sampled_slots, sampled_positions, self._counters)
         inputs.sampled_at = at.long()
         logits = self.paged_model.compute(inputs)
         if len(logits):
             self._sample(logits, sampled_slots, next_positions, received[13:])
+
+    def _whole_prompts(
+        self, plan: StepPlan, offsets: npt.NDArray[np.int64], singles: int
+    ) -> tuple[list[tuple[int, int, int]], npt.NDArray[np.int64]]:
+        """`StepInputs.prompts`, and the other rows that are not single tokens."""
+        rows = np.arange(singles, len(plan.slots))
+        if not self._has_whole_prompts:
+            return [], rows
+        prompts: list[tuple[int, int, int]] = []
+        whole = [is_worth_it(plan.starts[row], plan.counts[row]) for row in rows.tolist()]
+        for row in rows[whole].tolist():
+            offset, count = int(offsets[row]), int(plan.counts[row])
+            if prompts and prompts[-1][2] == count and prompts[-1][0] + prompts[-1][1] * count == offset:
+                prompts[-1] = prompts[-1][0], prompts[-1][1] + 1, count
+            else:
+                prompts.append((offset, 1, count))
+        return prompts, rows[np.logical_not(whole)]
 
     def _inputs(
         self,
@@ -286,10 +311,10 @@ class DeviceRunner(ModelRunner):
         """Copy sections of int32 to the device in one go, and apply what changed there; returns where they are."""
         changes = self.device_state.take_changes(slots).ravel()
         host = self._sent[self._turn].numpy()
-        if changes.size > host.size // 2:  # many long prompts at once
+        *starts, end = np.cumsum([0] + [-(-section.size // 4) * 4 for section in sections]).tolist()  # 16 bytes aligned
+        if end + changes.size > host.size:  # many long prompts at once
             apply_changes(self.device_state.tensor, torch.from_numpy(changes).to(self.device).view(-1, 2))
             changes = changes[:0]
-        *starts, end = np.cumsum([0] + [-(-section.size // 4) * 4 for section in sections]).tolist()  # 16 bytes aligned
         for start, section in zip(starts, sections, strict=True):
             host[start : start + section.size] = section
         total = end + changes.size

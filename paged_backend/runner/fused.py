@@ -151,6 +151,11 @@ class FusedModel:
         if model.device.type == "cuda":
             torch.cuda.empty_cache()  # of the parameters before packing
 
+    @property
+    def has_static_shapes(self) -> bool:
+        """Whether a forward can be captured in a CUDA graph."""
+        return all(isinstance(layer.mlp, GLU) for layer in self.layers)
+
     def __call__(self, input_ids: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """Logits `[tokens, vocab]` of `input_ids` `[tokens]`, or `[len(rows), vocab]` of int64 `rows` of them.
 

@@ -33,8 +33,10 @@ def load_model(config: EngineConfig) -> LoadedModel:
     path = models.resolve(config.require_model(), revision=config.revision)
     device = resolve_device(config.device)
     try:
+        # Straight to a GPU, shard by shard: nothing is gathered in host memory.
+        placed = {} if device.type == "cpu" else {"device_map": {"": device}}
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=config.dtype, trust_remote_code=config.trust_remote_code, use_safetensors=True
+            path, dtype=config.dtype, trust_remote_code=config.trust_remote_code, use_safetensors=True, **placed
         )
         has_tokenizer = any(
             (path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -44,7 +46,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         )
     except (OSError, ValueError) as error:
         raise InvalidArgument("model", config.model, f"transformers cannot load it: {error}") from error
-    return LoadedModel(model.eval().to(device), tokenizer)
+    return LoadedModel(model.eval(), tokenizer)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -12,7 +12,7 @@ from paged_kernels.sampling import sample
 from paged_backend.config import EngineConfig
 from paged_backend.errors import UnsupportedModel
 from paged_backend.runner.cache import KVCache
-from paged_backend.runner.check import verify
+from paged_backend.runner.check import rehearse, verify
 from paged_backend.runner.model import PagedModel
 from paged_backend.runner.runner import ModelRunner
 from paged_backend.runner.sampling import LogitsProcessor, Sampler
@@ -53,6 +53,10 @@ def _fuse(paged: PagedModel, block_size: int, max_positions: int) -> None:
     name = type(paged.model).__name__
     try:
         paged.fuse(max_positions)
+        if paged.device.type == "cuda":
+            from paged_kernels.gpu.compilation import compile_ahead
+
+            compile_ahead(lambda: rehearse(paged, block_size), paged.device)
         verify(paged, block_size)
     except (NotFusable, UnsupportedModel) as reason:
         logger.warning("%s runs without fused kernels, and slower: %s", name, reason)

@@ -32,11 +32,13 @@ class StepInputs:
     decodes: DecodeRows | None
     """The rows of one token, the first of the batch."""
     chunks: PrefillRows | None
-    """The other rows."""
+    """The other rows, but for `prompts`."""
     sampled: DecodeRows | None = None
     """The tokens that sample, as rows of one token; None if these are exactly `decodes`, and there are no others."""
     sampled_at: Tensor | None = None
     """`[len(sampled)]` int64: where in the batch they are."""
+    prompts: Sequence[tuple[int, int, int]] = ()
+    """Offset, number and tokens each of rows, end to end, that `attend_to_whole_prompts` shall do."""
     shared: SharedPrefixes | None = None
     """Of `decodes`, if these are all there is, in models without windows."""
 
@@ -90,6 +92,12 @@ class PagedAttention:
             self._decode(qkv, cache, tables, inputs.decodes, layer, out)
         if inputs.chunks is not None:
             prefill_attention(qkv, cache, tables, inputs.chunks, spec, layer.sinks, out)
+        if inputs.prompts:
+            from paged_kernels.gpu.whole_prompt_attention import attend_to_whole_prompts
+
+            for offset, number, count in inputs.prompts:
+                tokens = slice(offset, offset + number * count)
+                attend_to_whole_prompts(qkv[tokens], number, spec, out[tokens])
         return out
 
     def _decode(

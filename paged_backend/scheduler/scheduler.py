@@ -62,6 +62,8 @@ class Scheduler:
         """Slots whose next token is not their own sample (beams)."""
         self._loads: list[Request] = []
         self._copies: list[tuple[int, int]] = []
+        self._most = 0
+        """Prompt tokens that the step which is planned may have."""
         self._lost: set[int] = set()
         """Slots whose requests were preempted while this step is planned."""
         self._chosen: set[Request] = set()
@@ -202,6 +204,7 @@ class Scheduler:
         budget = self.max_num_batched_tokens - num_decodes
         if num_decodes:
             budget = min(budget, self.max_prefill_tokens)
+        self._most = budget
         started = deque(
             sorted((self._at(slot) for slot in np.flatnonzero(left > 1).tolist() if slot not in self._lost), key=_rank)
         )
@@ -251,15 +254,18 @@ class Scheduler:
         return self.tables.pool.num_free - missing
 
     def _admit(self, request: Request, budget: int, spare: int, plan: StepPlan) -> tuple[int, int] | None:
-        """Start a waiting request if it fits as a whole, what it finds in the cache not counted twice.
+        """Start a waiting request if the cache has room for all of it, what it finds there not counted twice.
 
-        Returns the spare blocks left and the tokens of its first chunk.
+        A prompt that a step could do whole is not begun with what is left of one, if that is less than half: whole
+        prompts are computed faster. Returns the spare blocks left and the tokens of its first chunk.
         """
         tables = self.tables
         request.hash_blocks(tables.block_size)
         num_tokens = len(request.token_ids)
         while True:
             cached = self.prefix_cache.match(request.block_hashes, (num_tokens - 1) // tables.block_size)
+            if budget < num_tokens - cached * tables.block_size <= self._most and budget < self._most // 2:
+                return None
             held = self.prefix_cache.num_held(request.block_hashes, cached)
             total = min(num_tokens + 1, request.max_total_tokens)
             needed = blocks_needed(tables.groups, total, tables.block_size, self.max_num_batched_tokens) - held

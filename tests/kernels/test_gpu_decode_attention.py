@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 from paged_kernels.attention import LayerCache, LayerSpec
-from paged_kernels.gpu.decode_attention import DecodeRows, decode_attention, decode_attention_reference, plan_work
+from paged_kernels.gpu.decode_attention import (
+    MAX_TILE,
+    DecodeRows,
+    decode_attention,
+    decode_attention_reference,
+    plan_work,
+)
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -125,7 +131,7 @@ def test_the_items_cover_every_visible_token_once() -> None:
                 assert spans == []
                 continue
             first = 0 if window is None else max(0, length - window)
-            assert spans[0][0] == first // 64 * 64, trial
+            assert spans[0][0] == first // MAX_TILE * MAX_TILE, trial
             assert spans[-1][1] == length
             assert all(a[1] == b[0] and a[0] < a[1] for a, b in itertools.pairwise(spans))
             assert {(item[3], item[4], item[5]) for item in mine} == {(length, used.index(mine[0]), len(mine))}

@@ -86,14 +86,16 @@ def test_norm_gate_up(n: int, k: int, dtype: torch.dtype, activation: str) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "n", "k"), [(1, 24, 64), (2, 37, 1100), (5, 70, 200), (16, 130, 512), (3, 40, 18)])
+@pytest.mark.parametrize(
+    ("rows", "n", "k"), [(1, 24, 64), (2, 37, 1100), (5, 70, 200), (16, 130, 512), (29, 130, 512), (3, 40, 18)]
+)
 def test_few_rows_linear(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
     check(few_rows_linear, few_rows_linear_reference, *inputs(rows, n, k, dtype)[:2])
 
 
 def test_refused() -> None:
-    x, weight, norm_weight = inputs(17, 32, 64, torch.float32)
-    with pytest.raises(ValueError, match="17 rows"):
+    x, weight, norm_weight = inputs(33, 32, 64, torch.float32)
+    with pytest.raises(ValueError, match="33 rows"):
         few_rows_linear(x, weight)
     with pytest.raises(ValueError, match="2 rows"):
         norm_linear(x[:2], weight, None, norm_weight, 1e-6)

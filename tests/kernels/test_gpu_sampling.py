@@ -58,7 +58,7 @@ def run(
 
 def kept(logits: list[float], **fields: Any) -> set[int]:
     """Which tokens the filters keep; draws agree with the reference and are among them."""
-    draws = 200 if MANY else 3
+    draws = 200 if MANY else 2
     tables = make_tables(1, **fields)
     rows = torch.tensor([logits], device=DEVICE).expand(draws, -1).contiguous()
     tokens, _ = run(rows, tables, slots=torch.zeros(draws, dtype=torch.int32))
@@ -95,7 +95,7 @@ def test_more_candidates_than_fit(vocab: int, scale: float, monkeypatch: pytest.
 def compare_with_reference(vocab: int, scale: float, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(vocab)
     rng = np.random.default_rng(vocab)
-    rows = 100 if MANY else 10
+    rows = 100 if MANY else 8
     logits = torch.randn(rows, vocab, generator=generator).mul(scale).to(dtype)
     logits[::5] = logits[::5].mul(2).round().div(2)  # many ties
     logits[1, torch.randperm(vocab, generator=generator)[: vocab // 2]] = float("-inf")
@@ -184,12 +184,12 @@ def test_padding_writes_only_its_token() -> None:
 
 
 def test_a_row_depends_on_itself_alone() -> None:
-    logits = torch.randn(8, 1500, generator=torch.Generator().manual_seed(6)).to(DEVICE)
-    tables = make_tables(8, temperature=1.5, top_k=[0, 9] * 4, top_p=[1, 1, 0.9, 0.9] * 2)
-    slots, positions = torch.arange(8, dtype=torch.int32), torch.arange(8, dtype=torch.int32) * 1000
+    logits = torch.randn(5, 1500, generator=torch.Generator().manual_seed(6)).to(DEVICE)
+    tables = make_tables(5, temperature=1.5, top_k=[0, 9, 0, 9, 0], top_p=[1, 1, 0.9, 0.9, 0.9])
+    slots, positions = torch.arange(5, dtype=torch.int32), torch.arange(5, dtype=torch.int32) * 1000
     together, _ = run(logits, tables, slots, positions)
-    order = torch.tensor([5, 2, 7, 0])
-    wide = torch.full((4, 1600), float("nan"), device=DEVICE)
+    order = torch.tensor([4, 2, 0])
+    wide = torch.full((3, 1600), float("nan"), device=DEVICE)
     wide[:, :1500] = logits[order]
     apart, _ = run(wide[:, :1500], tables, slots[order], positions[order])
     assert apart.tolist() == together[order].tolist()

@@ -8,10 +8,16 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from paged_kernels.gpu.dependent_launch import supports_dependent_launch
 
 
 @triton.jit
-def _gated(gate_up, out, INNER: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr):
+def _gated(gate_up, out, INNER: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = column < INNER
@@ -39,8 +45,9 @@ def gated(gate_up: Tensor, activation: Literal["silu", "gelu_tanh", "gelu"]) -> 
     # Small programs spread few tokens over all multiprocessors.
     warps = 1 if tokens <= 16 else 4
     block = 256 * warps
+    pdl = supports_dependent_launch(gate_up.device)
     _gated[(tokens, triton.cdiv(inner, block))](
-        gate_up, out, INNER=inner, BLOCK=block, ACTIVATION=activation, num_warps=warps
+        gate_up, out, INNER=inner, BLOCK=block, ACTIVATION=activation, PDL=pdl, num_warps=warps, launch_pdl=pdl
     )
     return out
 

@@ -19,10 +19,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from paged_kernels.attention import LayerCache, LayerSpec, _attend, _visible
 from paged_kernels.gpu.dependent_launch import supports_dependent_launch
 
-TILE = 64
-"""Tokens a program reads at once; items begin at multiples of it."""
+MAX_TILE = 128
+"""Items begin at multiples of this, or of less; see `tile_of`."""
 _ITEM = 8  # int32 of an item: row, begin, end, length, first item of its row, parts of its row, slot, padding
-_MIN_TILES = 4  # of an item: the parts of a shorter one would wait longer for one another than they save
+_MIN_TOKENS = 256  # of an item: the parts of a shorter one would wait longer for one another than they save
 
 
 class DecodeRows(NamedTuple):
@@ -57,11 +57,16 @@ def num_items(rows: int, num_kv_heads: int, device: torch.device) -> int:
     return rows + max(1, _programs(device) // num_kv_heads)
 
 
+def tile_of(spec: LayerSpec) -> int:
+    """Tokens that a program reads at once: as many as leave room for three such tiles of K and V, twice."""
+    return MAX_TILE if spec.key_dim <= 64 else 64
+
+
 def _programs(device: torch.device) -> int:
-    """Programs to cut the work for: as many as run at once."""
+    """Programs to cut the work for: two for each multiprocessor read as fast as more, and leave less to merge."""
     if device.type != "cuda":
         return 24
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit
@@ -147,8 +152,8 @@ def plan_work(rows: DecodeRows, spec: LayerSpec, shared: Tensor | None = None) -
         spec.chunk or 0,
         total - count,
         ROWS=max(64, triton.next_power_of_2(count)),
-        TILE=TILE,
-        MIN_TILES=_MIN_TILES,
+        TILE=tile_of(spec),
+        MIN_TILES=_MIN_TOKENS // tile_of(spec),
         num_warps=4,
     )
     return Work(items)
@@ -382,7 +387,7 @@ def decode_attention(
         DIM=spec.key_dim,
         DIM_PADDED=dim,
         BLOCK=cache.key.shape[2],
-        TILE=TILE,
+        TILE=tile_of(spec),
         HAS_SOFTCAP=spec.softcap is not None,
         BOUNDED=spec.window is not None or spec.chunk is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",

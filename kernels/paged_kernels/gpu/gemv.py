@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from paged_kernels.gpu.dependent_launch import supports_dependent_launch
 
-MAX_FEW_ROWS = 16
+MAX_FEW_ROWS = 32
 """Rows that `few_rows_linear` takes."""
 
 
@@ -105,7 +105,7 @@ def _launch_gemv(
         raise ValueError(f"{x.shape[0]} rows; this kernel takes one")
     n, k = weight.shape
     # Four rows of 16 bytes a thread: small programs, so that enough of them run at once to keep the memory busy.
-    block_n, block_k = 4, max(256, min(2048, triton.next_power_of_2(k)))
+    block_n, block_k = 4, max(256, min(1024 if k <= 2048 else 2048, triton.next_power_of_2(k)))
     pdl = supports_dependent_launch(x.device)
     _gemv[(triton.cdiv(n, block_n),)](
         x,
@@ -197,19 +197,21 @@ def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(f"{rows} rows; this kernel takes 1 to {MAX_FEW_ROWS}")
     out = x.new_empty(rows, n)
     pdl = supports_dependent_launch(x.device)
-    _few_rows[(triton.cdiv(n, 16),)](
+    # Wider tiles for more rows, which every program reads all of.
+    block_n, block_k, warps = (16, 256, 2) if rows <= 16 else (64, 128, 4)
+    _few_rows[(triton.cdiv(n, block_n),)](
         x,
         weight,
         out,
         rows,
         n,
         k,
-        ROWS=MAX_FEW_ROWS,
-        BLOCK_N=16,
-        BLOCK_K=256,
+        ROWS=16 if rows <= 16 else MAX_FEW_ROWS,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         PDL=pdl,
-        num_warps=2,
+        num_warps=warps,
         num_stages=4,
         launch_pdl=pdl,
     )

@@ -2,10 +2,12 @@
 
 The vocabulary is divided into groups of 128 tokens. A first kernel reads the logits once, in tiles of 32 groups, and
 leaves the maximum and the mass (sum of exponentials) of each group. A second kernel has one program a row. Group
-maxima bound the threshold of top-k or top-p from below, so that its search reads only the groups above the bound:
-a handful, unless the distribution is flat. The draw is exact and has two levels: a group in proportion to the mass
-kept in it, then one of its kept tokens, both by Gumbel-max (Gumbel, 1954) with counter-based noise (Philox 4x32-10,
-Salmon et al., 2011). A level of groups replaces a random number a token, which would cost more than the read.
+maxima bound the threshold of top-k or top-p from below, so that only the groups above the bound are read again: a
+handful, unless the distribution is flat. What may be the threshold is copied together, then narrowed by four pivots a
+pass. If the distribution is flat, a sample of the groups first tells about where the threshold is, and the copy proves
+it. The draw is exact and has two levels: a group in proportion to the mass kept in it, then one of its kept tokens,
+both by Gumbel-max (Gumbel, 1954) with counter-based noise (Philox 4x32-10, Salmon et al., 2011). A level of groups
+replaces a random number a token, which would cost more than the read.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ _TILE = tl.constexpr(32)  # groups
 _HIGHEST = tl.constexpr(2**31 - 1)
 _LOG2_E = tl.constexpr(1 / math.log(2))
 _ROWS = 32  # groups that a program reads at a time
-_DEPTH = 16  # times as many tokens fit in the list of candidates
+_DEPTH = 16  # reads' worth of candidates that fit their list
 # Low bits of a float32 that are the same in all values of the dtype.
 _UNUSED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
@@ -117,36 +119,26 @@ def _sums(x0, x1, x2, x3):
 
 
 @triton.jit
-def _pivot(low, high, i, UNUSED_BITS: tl.constexpr):
-    """Key `i` (0 to 3) between `low` and `high`, at a fifth of their keys or of their values, by turns.
+def _pivots(low, high, UNUSED_BITS: tl.constexpr):
+    """`[4]` keys between `low` and `high`, at fifths of the keys and of the values between them, by turns.
 
     Keys are dense near 0, values far from it: dividing only the one may take many passes.
     """
+    fifth = tl.arange(0, 4) + 1
     low_value = _value(low, UNUSED_BITS)
-    by_value = low_value + (_value(high - 1, UNUSED_BITS) - low_value) * ((i + 1) / 5.0)
-    by_key = low + ((high.to(tl.int64) - low) * (i + 1) // 5).to(tl.int32)
-    return tl.minimum(tl.maximum(tl.where(i % 2 == 0, _key(by_value, UNUSED_BITS), by_key), low + 1), high - 1)
+    by_value = _key(low_value + (_value(high - 1, UNUSED_BITS) - low_value) * (fifth / 5.0), UNUSED_BITS)
+    by_key = low + ((high.to(tl.int64) - low) * fifth // 5).to(tl.int32)
+    return tl.minimum(tl.maximum(tl.where(fifth % 2 == 1, by_value, by_key), low + 1), high - 1)
 
 
 @triton.jit
-def _weigh(
-    source,
-    ids,
-    count,
-    limit,
-    top,
-    scale,
-    low,
-    high,
-    MASS: tl.constexpr,
-    UNUSED_BITS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Mass, or number, `[4]` of the tokens that reach each pivot."""
-    pivot0 = _value(_pivot(low, high, 0, UNUSED_BITS), UNUSED_BITS)
-    pivot1 = _value(_pivot(low, high, 1, UNUSED_BITS), UNUSED_BITS)
-    pivot2 = _value(_pivot(low, high, 2, UNUSED_BITS), UNUSED_BITS)
-    pivot3 = _value(_pivot(low, high, 3, UNUSED_BITS), UNUSED_BITS)
+def _weigh(source, ids, count, limit, top, scale, pivots, MASS: tl.constexpr, ROWS: tl.constexpr):
+    """Mass, or number, of the tokens that reach each of `pivots`, `[4]` logits."""
+    i = tl.arange(0, 4)
+    pivot0 = tl.sum(tl.where(i == 0, pivots, 0.0), 0)
+    pivot1 = tl.sum(tl.where(i == 1, pivots, 0.0), 0)
+    pivot2 = tl.sum(tl.where(i == 2, pivots, 0.0), 0)
+    pivot3 = tl.sum(tl.where(i == 3, pivots, 0.0), 0)
     sum0 = tl.zeros([ROWS * _GROUP // 8], tl.float32)
     sum1, sum2, sum3 = sum0, sum0, sum0
     _, ahead = _read(source, ids, 0, count, limit, ROWS)
@@ -188,11 +180,12 @@ def _search(
     above = base
     moved = low < high
     while (low + 1 < high) & moved:
-        key = _pivot(low, high, tl.arange(0, 4), UNUSED_BITS)
-        weight = base + _weigh(source, ids, count, limit, top, scale, low, high, MASS, UNUSED_BITS, ROWS)
+        key = _pivots(low, high, UNUSED_BITS)
+        pivots = _value(key, UNUSED_BITS)
+        weight = base + _weigh(source, ids, count, limit, top, scale, pivots, MASS, ROWS)
         doubt = tl.zeros([4], tl.float32)
         if DOUBT > 0:
-            most = tl.exp2((_value(key, UNUSED_BITS) - top) * scale)  # of one token below
+            most = tl.exp2((pivots - top) * scale)  # of one token below
             doubt = DOUBT * tl.sqrt((tl.maximum(total - weight, 0.0) + most) * most)
         enough, short = weight - doubt >= target, weight + doubt < target
         above = tl.max(tl.where(short, weight, above), 0)
@@ -327,9 +320,8 @@ def _threshold(
         sample = tl.arange(0, SAMPLE)
         tl.store(ids + sample, tl.load(groups + sample * count // SAMPLE))
         tl.debug_barrier()  # other threads read it
-        lowest = _key(float("-inf"), UNUSED_BITS)
-        finite = _weigh(logits, ids, SAMPLE, vocab, top, scale, lowest, lowest + 2, True, UNUSED_BITS, ROWS)
-        total = tl.max(finite, 0)
+        everything = tl.full([4], float("-inf"), tl.float32)
+        total = tl.max(_weigh(logits, ids, SAMPLE, vocab, top, scale, everything, True, ROWS), 0)
         goal = total - (mass - target) * SAMPLE / count
         low_guess, high_guess, _ = _search(
             logits, ids, SAMPLE, vocab, top, scale, low, high, 0.0, goal, total, 1.5, True, UNUSED_BITS, ROWS
@@ -356,7 +348,8 @@ def _threshold(
     if p < 1:
         kept = low
         if k > 0:
-            reached = _weigh(logits, groups, count, limit, top, scale, low, low + 2, True, UNUSED_BITS, ROWS)
+            next_value = tl.zeros([4], tl.float32) + _value(low + 1, UNUSED_BITS)
+            reached = _weigh(logits, groups, count, limit, top, scale, next_value, True, ROWS)
             target = p * (tl.max(reached, 0) + ties * tl.exp2((_value(low, UNUSED_BITS) - top) * scale))
         low, _, above = _search(
             logits, groups, count, limit, top, scale, low, high, base, target, 0.0, 0, True, UNUSED_BITS, ROWS
@@ -385,6 +378,7 @@ def _choose(
     group_sum,
     groups,
     found,
+    kept_sums,
     tokens,
     logprobs,
     vocab,
@@ -457,19 +451,20 @@ def _choose(
                     listed = listed & (likely >= (threshold - top) * scale)
                     count = _list(groups, group, listed)
 
+            both = tl.arange(0, 2)[None, :]
+            kept_sums += row * n_groups * 2
             next_ids, ahead = _read(logits, groups, 0, count, vocab, ROWS)
             for start in range(0, count, ROWS):
                 ids, x = next_ids, ahead.to(tl.float32)
                 next_ids, ahead = _read(logits, groups, start + ROWS, count, vocab, ROWS)
                 weight = tl.exp2((x - top) * scale)
-                kept = (x > threshold) & (weight >= least)
-                real = start + tl.arange(0, ROWS) < count
-                tl.store(group_sum + ids, tl.sum(tl.where(kept, weight, 0.0), 1), mask=real)
-                # The maxima, which all threads have read, make room for the number of tokens at the threshold.
-                tl.store(group_max + ids, tl.sum((x == threshold).to(tl.float32), 1), mask=real)
+                above = tl.where((x > threshold) & (weight >= least), weight, 0.0)
+                # One store of both: each takes an exchange between warps.
+                sums = tl.join(tl.sum(above, 1), tl.sum((x == threshold).to(tl.float32), 1))
+                tl.store(kept_sums + ids[:, None] * 2 + both, sums, mask=(start + tl.arange(0, ROWS) < count)[:, None])
             tl.debug_barrier()
-            mass = tl.load(group_sum + group, mask=listed, other=0.0)
-            tied = tl.load(group_max + group, mask=listed, other=0.0)
+            sums = tl.load(kept_sums + group[:, None] * 2 + both, mask=listed[:, None], other=0.0)
+            mass, tied = tl.split(sums)
             quota = ties - (tl.cumsum(tied, 0) - tied)
             weight = tl.exp2((threshold - top) * scale)
             mass += tl.where(weight >= least, tl.minimum(tl.maximum(quota, 0.0), tied) * weight, 0.0)
@@ -515,6 +510,7 @@ def sample(
     tile_argmax = torch.empty(rows, n_tiles, dtype=torch.int32, device=logits.device)
     group_max, group_sum = torch.empty(2, rows, n_tiles * _TILE.value, dtype=torch.float32, device=logits.device)
     groups = torch.empty(rows, n_tiles * _TILE.value + _DEPTH * _ROWS, dtype=torch.int32, device=logits.device)
+    kept_sums = torch.empty(rows, n_tiles * _TILE.value, 2, dtype=torch.float32, device=logits.device)
     found = torch.empty(rows, _DEPTH * _ROWS * _GROUP.value, dtype=logits.dtype, device=logits.device)
     stride = logits.stride(0)
     summary = (tile_max, tile_argmax, tile_sum, group_max, group_sum)
@@ -528,6 +524,7 @@ def sample(
         *summary,
         groups,
         found,
+        kept_sums,
         tokens,
         logprobs,
         vocab,
@@ -536,7 +533,7 @@ def sample(
         ROWS=_ROWS,
         DEPTH=_DEPTH,
         UNUSED_BITS=_UNUSED_BITS[logits.dtype],
-        num_warps=16,
+        num_warps=8,
     )
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from paged_kernels.attention import LayerCache, LayerSpec
-from paged_kernels.gpu.decode_attention import TILE, SharedPart, _softcapped
+from paged_kernels.gpu.decode_attention import MAX_TILE, SharedPart, _softcapped
 
 ROWS = 128
 """Query rows of an item: its sequences times the heads of a group."""
@@ -61,7 +61,7 @@ def find_prefixes(
         # The depth that saves the most reading: how many share it, times how deep it is.
         order = np.argsort(-depth, kind="stable")
         best = int(np.argmax(depth[order] * np.arange(len(order))))
-        shared = int(depth[order[best]]) * block_size // TILE * TILE
+        shared = int(depth[order[best]]) * block_size // MAX_TILE * MAX_TILE
         if best + 1 >= _MIN_ROWS and shared >= _MIN_TOKENS:
             found.append((np.sort(rows[order[: best + 1]]), shared))
     return found
@@ -83,10 +83,10 @@ def plan_prefixes(
     for left, (sharing, tokens) in zip(range(len(prefixes), 0, -1), prefixes, strict=True):
         tiles = -(-len(sharing) // width)
         room = num_items - item - (left - 1)  # every one after it gets one item at least
-        parts = min(room // tiles, tokens // TILE, max(1, round(tokens * num_items / work)))
+        parts = min(room // tiles, tokens // MAX_TILE, max(1, round(tokens * num_items / work)))
         if parts < 1:
             continue
-        each = -(-tokens // TILE // parts) * TILE
+        each = -(-tokens // MAX_TILE // parts) * MAX_TILE
         parts = -(-tokens // each)
         members[at : at + len(sharing)] = sharing
         for tile in range(tiles):
@@ -200,7 +200,7 @@ def attend_to_prefixes(
         DIM=spec.key_dim,
         DIM_PADDED=dim,
         BLOCK=cache.key.shape[2],
-        TILE=TILE if dim <= 128 and not exact else 32,
+        TILE=64 if dim <= 128 and not exact else 32,
         HAS_SOFTCAP=spec.softcap is not None,
         PRECISION="ieee" if exact else "tf32",
         STAGES=1 if exact else 3,
