@@ -25,7 +25,7 @@ class Machine:
     packages: dict[str, str]
     """Installed versions of this package and of those that decide its speed."""
     commit: str | None
-    """None unless run from a git checkout."""
+    """None unless run from a git checkout, or told by `$PAGED_BACKEND_COMMIT` (a container image without git)."""
     dirty: bool | None
     """Whether the checkout has changes that are not committed."""
 
@@ -80,4 +80,4 @@ def _checkout() -> tuple[str | None, bool | None]:
         git("ls-files", "--error-unmatch", "machine.py")  # an installed copy may lie inside some other checkout
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
     except (OSError, subprocess.SubprocessError):
-        return None, None
+        return os.environ.get("PAGED_BACKEND_COMMIT"), None
