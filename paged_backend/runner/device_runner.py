@@ -38,6 +38,7 @@ from paged_backend.scheduler.plan import StepPlan
 logger = logging.getLogger(__name__)
 
 _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+_MOST_FORBIDDEN = 1024  # pairs of a row and a token in a graph
 _RING = 4  # steps whose host buffers are kept apart; two are in flight at most
 _Array = npt.NDArray[np.integer[Any]]
 
@@ -144,10 +145,11 @@ class DeviceRunner(ModelRunner):
         if self._logits_processors or any(request.steered for request in plan.sampling):
             return self._launch_on_host(plan)
         self._turn = (self._turn + 1) % _RING
-        if plan.samples.all() and plan.counts[-1] == 1:
-            self._decode(plan)
+        forbidden = self._forbidden(plan)
+        if plan.samples.all() and plan.counts[-1] == 1 and len(forbidden) <= _MOST_FORBIDDEN:
+            self._decode(plan, forbidden)
         else:
-            self._mixed(plan)
+            self._mixed(plan, forbidden)
         tokens = self._received[self._turn][: len(plan.sampling)]
         tokens.copy_(self._tokens[: len(tokens)], non_blocking=True)
         done = None
@@ -171,13 +173,17 @@ class DeviceRunner(ModelRunner):
             request = self._requests[slot]
             assert request is not None
             self.state.load(request)
-        launched = self._compute(plan)
-        for request, token in zip(plan.sampling, launched.wait(), strict=True):
-            if isinstance(token, int):
-                self.device_state.set_last_token(request.slot, token)
-        return launched
+        return self._compute(plan)
 
-    def _decode(self, plan: StepPlan) -> None:
+    def _draw(
+        self, logits: Tensor, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """As on the device, so that a request gets the same tokens whatever runs beside it."""
+        device_slots, device_positions = self._send([slots, positions], slots)
+        self._sample(logits, device_slots, device_positions, [])
+        return self._tokens[: len(slots)].cpu().numpy().astype(np.int64)
+
+    def _decode(self, plan: StepPlan, forbidden: npt.NDArray[np.int64]) -> None:
         """A step of decodes that all sample."""
         rows = len(plan.slots)
         size = self._size(rows)
@@ -187,7 +193,7 @@ class DeviceRunner(ModelRunner):
         if prefixes := self._find_prefixes(plan):
             shared = plan_prefixes(prefixes, plan.slots, size, self._group, self._num_shared_items)
             sections += [part.ravel() for part in shared]
-        forbidden, room = self._forbidden(plan), 0
+        room = 0
         if len(forbidden):
             room = 1 << max(6, (len(forbidden) - 1).bit_length())  # few sizes: each has a graph of its own
             sections += _padded(forbidden, room)
@@ -211,8 +217,8 @@ class DeviceRunner(ModelRunner):
             inputs.shared = SharedPrefixes(rows.view(-1, 4), items.view(self._num_shared_items, -1), members)
         self._sample(self.paged_model.compute(inputs), slots, next_positions, rest)
 
-    def _mixed(self, plan: StepPlan) -> None:
-        """A step with chunks of prompts in it."""
+    def _mixed(self, plan: StepPlan, forbidden: npt.NDArray[np.int64]) -> None:
+        """A step with chunks of prompts in it, or with more than a graph has room for."""
         starts, counts, slots, samples = plan.starts, plan.counts, plan.slots, plan.samples
         ends = np.cumsum(counts)
         offsets = ends - counts
@@ -226,9 +232,6 @@ class DeviceRunner(ModelRunner):
         prompts, chunks_at = self._whole_prompts(plan, offsets, singles)
         chunked = slots[chunks_at], starts[chunks_at], counts[chunks_at], offsets[chunks_at]
         sections += [*chunked, *plan_tiles(chunked[1], chunked[2], self._group)]
-        forbidden = self._forbidden(plan)
-        if len(forbidden):
-            sections += _padded(forbidden, len(forbidden))
         received = self._send(sections, slots)
         device_ids, device_slots, device_positions, at, sampled_slots, next_positions, sampled_positions = received[:7]
         decodes = chunks = None
@@ -242,7 +245,10 @@ class DeviceRunner(ModelRunner):
         inputs.sampled_at = at.long()
         logits = self.paged_model.compute(inputs)
         if len(logits):
-            self._sample(logits, sampled_slots, next_positions, received[13:])
+            sent = []
+            if len(forbidden):
+                sent = [torch.from_numpy(part.astype(np.int32)).to(self.device) for part in _padded(forbidden)]
+            self._sample(logits, sampled_slots, next_positions, sent)
 
     def _whole_prompts(
         self, plan: StepPlan, offsets: npt.NDArray[np.int64], singles: int
@@ -359,8 +365,8 @@ def _padding(rows: int) -> npt.NDArray[np.int32]:
     return np.repeat(np.array([[-1], [-1], [0], [0]], dtype=np.int32), rows, axis=1)
 
 
-def _padded(pairs: npt.NDArray[np.int64], room: int) -> list[_Array]:
+def _padded(pairs: npt.NDArray[np.int64], room: int = 0) -> list[_Array]:
     """Firsts and seconds of the pairs, padded to `room`, and how many there are."""
-    padded = np.zeros((2, room), dtype=np.int64)
+    padded = np.zeros((2, max(room, len(pairs))), dtype=np.int64)
     padded[:, : len(pairs)] = pairs.T
     return [*padded, np.array([len(pairs)])]

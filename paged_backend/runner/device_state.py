@@ -46,17 +46,13 @@ class DeviceState:
     def load(self, slot: int, state: BatchState, last_token: int) -> None:
         """Send the row of a slot anew: parameters, last token, and in time its blocks."""
         self._num_sent[slot] = 0
-        self.set_last_token(slot, last_token)
+        self._changes.append((self._offset["last_token"] + slot, last_token))
         for name in ("temperature", "top_k", "top_p", "min_p"):
             value = getattr(state, name)[slot]
             bits = value.view(np.int32) if isinstance(value, np.float32) else min(value, 2**31 - 1)
             self._changes.append((self._offset[name] + slot, int(bits)))
         low, high = state.seed[slot : slot + 1].view(np.int32).tolist()
         self._changes += [(self._offset["seed"] + 2 * slot, low), (self._offset["seed"] + 2 * slot + 1, high)]
-
-    def set_last_token(self, slot: int, token: int) -> None:
-        """The token that the slot's next decode begins with, chosen on the host."""
-        self._changes.append((self._offset["last_token"] + slot, token))
 
     def take_changes(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """Pairs (index, value) `[n, 2]` of what has changed, and of blocks of `slots` that the device has not seen."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -90,13 +91,20 @@ class ModelRunner:
         slots = plan.slots[plan.samples]
         positions = (plan.starts + plan.counts)[plan.samples]
         _forbid_early_stops(logits, requests, positions.tolist())
-        tokens = self._sampler(logits, self.state.sampling(slots, positions)).cpu().numpy()
+        tokens = self._draw(logits, slots, positions)
         self.state.append(slots, positions, tokens)
         chosen: list[int | Candidates] = np.where(finite, tokens, -1).tolist()
         for row, found in candidates.items():
             if finite[row]:
                 chosen[row] = found
         return _Computed(chosen)
+
+    def _draw(
+        self, logits: Tensor, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """A token a row for these positions of their slots."""
+        tokens: npt.NDArray[np.int64] = self._sampler(logits, self.state.sampling(slots, positions)).cpu().numpy()
+        return tokens
 
     def _move(self, moves: BlockMoves) -> None:
         storage = self.paged_model.storage

@@ -12,20 +12,24 @@ import os
 import random
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from contextlib import closing
 from dataclasses import dataclass, field
+from typing import Any
 
+import pytest
 import torch
 from transformers import PreTrainedModel
 
 from paged_backend import DeadlineExceeded, Engine, EngineConfig, RequestOptions, RequestOutput, SamplingParams
 from paged_backend.plugins import hookimpl
 from paged_backend.stats import StepStats
+from tests.gpu.test_engine_gpu import MIDDLE
 from tests.tiny import build
 
 SECONDS = float(os.environ.get("PAGED_SOAK_SECONDS", "20"))
-LONGEST_PROMPT, LONGEST_OUTPUT, VOCAB = 16000, 400, 128
-CONFIG = {
+LONGEST_PROMPT, LONGEST_OUTPUT = 16000, 400
+CONFIG: dict[str, Any] = {
     "num_blocks": 700,  # of 64 tokens: a third of what `max_num_seqs` requests would like to have
     "max_num_seqs": 64,
     "max_model_len": LONGEST_PROMPT + LONGEST_OUTPUT,
@@ -61,13 +65,16 @@ class Soak:
     """Random requests to an engine, and what must hold of each answer."""
 
     def __init__(self, engine: Engine, seed: int = 0) -> None:
-        self.engine, self.rng = engine, random.Random(seed)
+        self.engine, self.rng, self.vocab = engine, random.Random(seed), engine.vocab_size
         self.live: dict[str, Asked] = {}
-        self.ended: list[Asked] = []
+        self.reasons: Counter[str] = Counter()
+        self.num_ended = 0
+        self.to_check: list[Asked] = []
+        """Of those that end greedy, one in 25."""
         self.prefixes = [self.random_tokens(length) for length in (300, 700, 1500, 4000)]
 
     def random_tokens(self, length: int) -> list[int]:
-        return self.rng.choices(range(3, VOCAB), k=length)
+        return self.rng.choices(range(3, self.vocab), k=length)
 
     def up_to(self, longest: int) -> int:
         """From 1 to `longest`, as many of each order of magnitude."""
@@ -80,7 +87,7 @@ class Soak:
             prefix = rng.choice(self.prefixes)
             prompt = (prefix[: rng.choice([len(prefix), rng.randint(1, len(prefix))])] + prompt)[:LONGEST_PROMPT]
         length, kind = self.up_to(LONGEST_OUTPUT), rng.random()
-        fields: dict[str, object] = {"max_tokens": length, "ignore_eos": True, "temperature": 0.0}
+        fields: dict[str, Any] = {"max_tokens": length, "ignore_eos": True, "temperature": 0.0}
         if kind < 0.02 and len(prompt) < 1000:
             fields |= {"beam_width": 2, "max_tokens": min(length, 20)}
         elif kind < 0.5:
@@ -93,14 +100,17 @@ class Soak:
                 "n": rng.choice([1, 1, 1, 1, 3]),
             }
         if rng.random() < 0.2:
-            fields |= {"stop_token_ids": rng.sample(range(VOCAB), 3), "min_tokens": rng.randint(0, int(length / 2))}
+            fields |= {
+                "stop_token_ids": rng.sample(range(self.vocab), 3),
+                "min_tokens": rng.randint(0, int(length / 2)),
+            }
         if "beam_width" in fields:
             fields["min_tokens"] = 0
         options = RequestOptions()
         if rng.random() < 0.1:
             name = rng.choice(["timeout", "queue_timeout"])
-            options = RequestOptions(**{name: rng.uniform(0.001, 0.5)})  # type: ignore[arg-type]
-        params = SamplingParams(**fields)  # type: ignore[arg-type]
+            options = RequestOptions(**{name: rng.uniform(0.001, 0.5)})
+        params = SamplingParams(**fields)
         request_id = self.engine.add_request(prompt, params, options)
         self.live[request_id] = Asked(prompt, params, options != RequestOptions())
 
@@ -118,7 +128,7 @@ class Soak:
         assert output.index not in asked.reasons, "an output after the last"
         made = asked.tokens[output.index]
         made += output.token_ids
-        assert all(0 <= token < VOCAB for token in output.token_ids)
+        assert all(0 <= token < self.vocab for token in output.token_ids)
         assert len(made) <= asked.params.max_tokens
         if output.finish_reason is not None:
             asked.reasons[output.index] = output.finish_reason
@@ -135,7 +145,12 @@ class Soak:
                 assert len(made) > least
             assert asked.params.beam_width > 1 or not stops & set(made[: max(least, len(made) - 1)])
         if output.finished:
-            self.ended.append(self.live.pop(output.request_id))
+            del self.live[output.request_id]
+            self.num_ended += 1
+            self.reasons.update(asked.reasons.values())
+            greedy = asked.params.temperature == 0 and asked.params.beam_width == 1
+            if greedy and asked.reasons[0] in ("length", "stop") and self.rng.random() < 0.04:
+                self.to_check.append(asked)
 
     def serve(self, until: float) -> None:
         """Bursts of requests, faster than they can be served, until then."""
@@ -162,15 +177,10 @@ class Soak:
 
 def check_alone(soak: Soak, plain: PreTrainedModel, seconds: float) -> tuple[int, int]:
     """Greedy outputs must be what the engine makes of them alone; returns how many were checked, and near-ties."""
-    greedy = [
-        asked
-        for asked in soak.ended
-        if asked.params.temperature == 0 and asked.params.beam_width == 1 and asked.reasons[0] in ("length", "stop")
-    ]
-    soak.rng.shuffle(greedy)
     checked, ties, until = 0, 0, time.monotonic() + seconds
-    for asked in greedy[: max(20, len(soak.ended) // 25)]:
-        if checked >= 10 and time.monotonic() > until:
+    soak.rng.shuffle(soak.to_check)
+    for asked in soak.to_check:
+        if time.monotonic() > until:
             break
         soak.engine.reset_prefix_cache()
         alone = soak.engine.generate([asked.prompt], asked.params)[0].token_ids
@@ -203,12 +213,12 @@ def slowdown(steps: list[tuple[float, StepStats]]) -> float:
     return statistics.median(ratios)
 
 
-def soak(model: PreTrainedModel, seconds: float, config: EngineConfig) -> None:
+def run(model: PreTrainedModel, seconds: float, config: EngineConfig, exact: bool) -> str:
+    """Serve with what is asserted above, and a summary; tokens and times are compared only if `exact`."""
     plain, watch = copy.deepcopy(model), Watch()
     engine = Engine(config, model=model, plugins=[watch])
-    try:
-        soak = Soak(engine)
-        began = time.monotonic()
+    with closing(engine):
+        soak, began = Soak(engine), time.monotonic()
         soak.serve(began + min(10.0, seconds / 2))
         soak.idle()
         gc.collect()
@@ -218,25 +228,35 @@ def soak(model: PreTrainedModel, seconds: float, config: EngineConfig) -> None:
         gc.collect()
         assert torch.cuda.memory_allocated() == first, "memory leaks"
         stats, took = engine.stats(), time.monotonic() - began
-        checked, ties = check_alone(soak, plain, seconds / 5)
-        slower = slowdown(watch.steps)
-        ends = [reason for asked in soak.ended for reason in asked.reasons.values()]
-        print(
-            f"soak of {took:.0f} s: {len(soak.ended)} requests ({ends.count('abort')} aborted, {ends.count('error')} out "
-            f"of time), {stats.computed_tokens} tokens computed, {stats.cached_tokens} cached, {stats.output_tokens} "
-            f"made, {stats.output_tokens / took:.0f} tok/s, {stats.preemptions} preemptions ({stats.swapped} swapped), "
-            f"{checked} checked ({ties} near-ties), steps of decodes {slower:.2f} times as long at the end"
-        )
-        assert stats.preemptions > 0
         assert stats.cached_tokens > 0
-        assert checked >= 10
-        assert ties <= max(1, checked // 20)
-        assert slower <= 1.3
-        soak.idle()
-    finally:
-        engine.close()
+        summary = (
+            f"soak of {took:.0f} s: {soak.num_ended} requests ({dict(soak.reasons)}), {stats.computed_tokens} tokens "
+            f"computed, {stats.cached_tokens} cached, {stats.output_tokens} made, {stats.output_tokens / took:.0f} "
+            f"tok/s, {stats.preemptions} preemptions ({stats.swapped} swapped)"
+        )
+        if exact:
+            checked, ties = check_alone(soak, plain, seconds / 5)
+            slower = slowdown(watch.steps)
+            summary += f", {checked} checked ({ties} near-ties), last decodes took {slower:.2f} times as long"
+            assert stats.preemptions > 0, summary
+            assert checked >= 5, summary
+            assert ties <= max(1, checked // 20), summary
+            assert slower <= 1.3, summary
+            soak.idle()
+    return summary
 
 
-def test_a_busy_engine_stays_right_and_fast_and_leaks_nothing() -> None:
+@pytest.mark.timeout(2 * SECONDS + 200)
+def test_a_busy_engine_stays_right_and_fast_and_leaks_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     model = build("llama", max_position_embeddings=LONGEST_PROMPT + LONGEST_OUTPUT).cuda()
-    soak(model, SECONDS, EngineConfig(**CONFIG))
+    summary = run(model, SECONDS, EngineConfig(**CONFIG), exact=True)
+    with capsys.disabled():
+        print(f"\n{summary}")
+
+
+@pytest.mark.timeout(2 * SECONDS + 200)
+def test_a_busy_engine_in_bfloat16(capsys: pytest.CaptureFixture[str]) -> None:
+    model = build("llama", **MIDDLE, max_position_embeddings=LONGEST_PROMPT + LONGEST_OUTPUT)
+    summary = run(model.to("cuda", torch.bfloat16), SECONDS / 4, EngineConfig(**CONFIG), exact=False)
+    with capsys.disabled():
+        print(f"\n{summary}")
