@@ -25,7 +25,7 @@ from paged_backend.request import FinishReason, Request, RequestOptions, Request
 from paged_backend.runner.cache import make_cache
 from paged_backend.runner.loader import LoadedModel, context_length, eos_token_ids
 from paged_backend.runner.runner import Launched
-from paged_backend.runner.setup import make_model, make_runner, with_defaults_of
+from paged_backend.runner.setup import default_backend, make_model, make_runner, on_device, with_defaults_of
 from paged_backend.scheduler.plan import StepPlan
 from paged_backend.scheduler.scheduler import Scheduler
 from paged_backend.stats import EngineStats, StepStats
@@ -87,7 +87,7 @@ class Engine:
             loaded = LoadedModel(model, copy.deepcopy(tokenizer))
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         if backend is None:
-            chosen = "triton" if self.model.device.type == "cuda" else "reference"
+            chosen = default_backend(self.model.device)
             backend = make("paged_attention_backend", "attention_backend", chosen, config=config)
         self.config = config = with_defaults_of(backend, config)
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
@@ -97,18 +97,19 @@ class Engine:
         longest = config.max_model_len or trained
         sampler = self.plugins.hook.paged_sampler(config=config)
         processors = [made for made in self.plugins.hook.paged_logits_processor(config=config) if made is not None]
-        self._paged_model = paged = make_model(config, self.model, backend, longest)
-        try:
-            cache = make_cache(
-                config,
-                paged,
-                longest,
-                lambda: make("paged_eviction_policy", "eviction_policy", config.eviction_policy, config=config),
-            )
-            self._runner = make_runner(config, paged, cache, sampler, processors)
-        except BaseException:
-            paged.close()
-            raise
+        with on_device(self.model.device):
+            self._paged_model = paged = make_model(config, self.model, backend, longest)
+            try:
+                cache = make_cache(
+                    config,
+                    paged,
+                    longest,
+                    lambda: make("paged_eviction_policy", "eviction_policy", config.eviction_policy, config=config),
+                )
+                self._runner = make_runner(config, paged, cache, sampler, processors)
+            except BaseException:
+                paged.close()
+                raise
         self.tables, self.max_model_len = cache.tables, cache.max_model_len
         self._host, self._costs = cache.host, cache.costs
         self._scheduler = Scheduler(
@@ -119,6 +120,7 @@ class Engine:
             preemption=preemption,
             costs=self._costs,
             host=self._host,
+            prefers_whole=self._runner.prefers_whole,
         )
         self.intake = Intake(
             config,
@@ -345,7 +347,7 @@ class Engine:
         began = time.perf_counter()
         plan = self._scheduler.schedule()
         self._observe_plan(plan)
-        with held_back.let_in():
+        with held_back.let_in(), on_device(self.model.device):
             launched = self._runner.launch(plan)
         self._in_flight.append(_InFlight(plan, launched, time.perf_counter() - began))
 
@@ -555,4 +557,5 @@ class Engine:
                 self.abort(request_id)
             self.error = EngineDead("the engine was closed")
         self._abandon()
+        self._runner.close()
         self._paged_model.close()

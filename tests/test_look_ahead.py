@@ -44,6 +44,9 @@ class LateRunner:
         if error is not None:
             raise error
 
+    def close(self) -> None:
+        self.runner.close()
+
     def launch(self, plan: StepPlan) -> LateStep:
         self.plans.append(plan)
         self.happens("launch", len(self.plans))

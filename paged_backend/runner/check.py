@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,20 +16,21 @@ from paged_backend.runner.attention import using_eager
 from paged_backend.runner.batch import FlatBatch
 from paged_backend.runner.model import PagedModel
 
+_SCRATCH_BLOCKS = 64
 _TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 
 
 def verify(paged_model: PagedModel, block_size: int) -> None:
-    """Compare paged logits with the model's own on two short prompts, prefilled together and then decoded once.
+    """Compare paged logits with the model's own on two short prompts, prefilled together and then decoded.
 
     Catches what the probe cannot see, such as state kept outside attention (Mamba, convolutions). Raises
     `UnsupportedModel` with the difference.
     """
     model = paged_model.model
-    rounds, logits_of_rounds = rehearse(paged_model, block_size)
+    seen = rehearse(paged_model, block_size)
     differences = []
     with using_eager(model), torch.inference_mode():
-        for prompt, logits in zip(rounds[0] + rounds[1], torch.cat(logits_of_rounds), strict=True):
+        for prompt, logits in seen:
             own = model(input_ids=torch.tensor([prompt], device=model.device), use_cache=False).logits[0, -1].float()
             differences.append(float((logits - own).abs().max() / own.abs().max()))
     tolerance = _TOLERANCE.get(paged_model.dtype, 2e-3)
@@ -40,55 +42,70 @@ def verify(paged_model: PagedModel, block_size: int) -> None:
         )
 
 
-def rehearse(paged_model: PagedModel, block_size: int) -> tuple[list[list[list[int]]], list[Tensor]]:
-    """Prefill two short prompts, then decode once; returns what was seen by each round's end, and its logits."""
+def rehearse(paged_model: PagedModel, block_size: int) -> list[tuple[list[int], Tensor]]:
+    """Prefill two short prompts, decode once, then once more the first alone: prompts so far, and their logits."""
     vocab = paged_model.model.config.get_text_config().vocab_size
-    prompts = [[(7 * i + 3 * row) % (vocab - 4) + 3 for i in range(length)] for row, length in enumerate((11, 5))]
-    rounds = [[prompt[:-1] for prompt in prompts], prompts]
-    width = -(-11 // block_size)
-    with _scratch_cache(paged_model, 2 * width, block_size):
-        starts = [[0, 0], [len(prompt) - 1 for prompt in prompts]]
-        return rounds, [_forward(paged_model, rounds[i], starts[i], width, block_size) for i in (0, 1)]
+    first, second = ([(7 * i + 3 * row) % (vocab - 4) + 3 for i in range(length)] for row, length in enumerate((12, 5)))
+    rounds = [([first[:-2], second[:-1]], [0, 0]), ([first[:-1], second], [10, 4]), ([first], [11])]
+    width = -(-12 // block_size)
+    num_blocks = 2 * width * len(paged_model.groups)
+    seen: list[tuple[list[int], Tensor]] = []
+    with _scratch_cache(paged_model, num_blocks, block_size):
+        for prompts, starts in rounds:
+            logits = _forward(paged_model, prompts, starts, _tables(paged_model, 2, width, num_blocks), block_size)
+            seen += zip(prompts, logits, strict=True)
+    return seen
 
 
 def peak_step_bytes(paged_model: PagedModel, config: EngineConfig, max_model_len: int) -> int:
     """CUDA memory that steps take at most beyond what is allocated already.
 
-    Measured on a budget full of short prompts, sampled, and on the last chunk of the longest prompt.
+    Measured on a budget full of short prompts, sampled, and on the last chunk of the longest prompt; all of them write
+    to the same few blocks. A second sampled batch is for CUDA graphs, which keep theirs.
     """
     device, block_size = paged_model.device, config.block_size
     budget, rows = config.step_tokens, config.max_num_seqs
     steps = [(budget // rows, 0, rows), (max_model_len, max(0, max_model_len - budget), 1)]
     peak = 0
-    for length, start, count in steps:
-        width = -(-length // block_size)
-        with _scratch_cache(paged_model, count * width, block_size):
+    with _scratch_cache(paged_model, _SCRATCH_BLOCKS, block_size):
+        for length, start, count in steps:
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            logits = _forward(paged_model, [[1] * length] * count, [start] * count, width, block_size)
-            logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-            peak = max(peak, torch.cuda.max_memory_allocated(device) - before)
-            del logits
+            tables = _tables(paged_model, count, -(-length // block_size), _SCRATCH_BLOCKS)
+            logits = _forward(paged_model, [[1] * length] * count, [start] * count, tables, block_size)
+            sampled = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+            reserve = sampled.numel() * sampled.element_size() if config.cuda_graphs else 0
+            peak = max(peak, torch.cuda.max_memory_allocated(device) - before + reserve)
+            del logits, sampled
     torch.cuda.empty_cache()
     return peak
 
 
 @contextlib.contextmanager
 def _scratch_cache(paged_model: PagedModel, num_blocks: int, block_size: int) -> Iterator[None]:
-    """A cache of its own for forwards before serving, with `num_blocks` for each group."""
-    paged_model.allocate(num_blocks * len(paged_model.groups), block_size)
+    """A cache of its own for forwards before serving."""
+    paged_model.allocate(num_blocks, block_size)
     try:
         yield
     finally:
         paged_model.storage = None
 
 
+def _tables(paged_model: PagedModel, rows: int, width: int, num_blocks: int) -> npt.NDArray[np.int32]:
+    """`[groups, rows, width]` block ids, the same again where there are fewer blocks."""
+    count = len(paged_model.groups) * rows * width
+    return (np.arange(count, dtype=np.int32) % num_blocks + 1).reshape(-1, rows, width)
+
+
 def _forward(
-    paged_model: PagedModel, prompts: Sequence[Sequence[int]], starts: list[int], width: int, block_size: int
+    paged_model: PagedModel,
+    prompts: Sequence[Sequence[int]],
+    starts: list[int],
+    tables: npt.NDArray[np.int32],
+    block_size: int,
 ) -> Tensor:
-    """Last-token logits of prompts, cached before `starts`; each prompt has `width` blocks of its own in each group."""
-    shape = (len(paged_model.groups), len(prompts), width)
-    tables = np.arange(1, np.prod(shape) + 1, dtype=np.int32).reshape(shape)
+    """Last-token logits of prompts, cached before `starts`, in the first rows of the tables."""
+    tables = tables[:, : len(prompts)]
     counts = [len(prompt) - start for prompt, start in zip(prompts, starts, strict=True)]
     row = np.repeat(np.arange(len(prompts)), counts)
     positions = np.concatenate([np.arange(start, len(prompt)) for prompt, start in zip(prompts, starts, strict=True)])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +16,12 @@ import numpy.typing as npt
 import torch
 from paged_kernels.gpu.compilation import compile_ahead
 from paged_kernels.gpu.decode_attention import DecodeRows
-from paged_kernels.gpu.prefill_attention import PrefillRows, plan_tiles
+from paged_kernels.gpu.prefill_attention import ROWS, PrefillRows, plan_tiles
 from paged_kernels.gpu.sampling import add_to_logits, sample
 from paged_kernels.gpu.shared_prefix import SharedPrefixes, find_prefixes, num_shared_items, plan_prefixes
 from paged_kernels.gpu.step import apply_changes, locate, locate_tokens
 from paged_kernels.gpu.whole_prompt_attention import is_worth_it, supports_whole_prompts
+from paged_kernels.sampling import sample as sample_on_host
 from torch import Tensor
 
 from paged_backend.beam import Candidates
@@ -31,7 +31,6 @@ from paged_backend.request import Request
 from paged_backend.runner.device_state import DeviceState
 from paged_backend.runner.model import PagedModel
 from paged_backend.runner.runner import Launched, ModelRunner
-from paged_backend.runner.sampling import LogitsProcessor, Sampler
 from paged_backend.runner.step import StepInputs
 from paged_backend.scheduler.plan import StepPlan
 
@@ -66,14 +65,14 @@ class _Variant:
     rows: int
     shared: bool = False
     """Whether rows share prefixes."""
-    forbidden: int = 0
-    """Room for so many pairs of a row and a token that it may not sample."""
+    forbidden: bool = False
+    """Whether rows have tokens that they may not sample."""
 
 
 class DeviceRunner(ModelRunner):
     """A `ModelRunner` for a model that could be fused.
 
-    Steps with beams or with logits processors need the logits on the host, and run as the base class runs them.
+    Steps with beams need the logits on the host, and run as the base class runs them.
     """
 
     asynchronous = True
@@ -85,8 +84,6 @@ class DeviceRunner(ModelRunner):
         *,
         max_model_len: int,
         max_num_tokens: int,
-        sampler: Sampler,
-        logits_processors: Sequence[LogitsProcessor],
         swap: SwapSpace | None = None,
         cuda_graphs: bool = True,
     ) -> None:
@@ -95,8 +92,8 @@ class DeviceRunner(ModelRunner):
             paged_model,
             tables,
             max_model_len=max_model_len,
-            sampler=sampler,
-            logits_processors=logits_processors,
+            sampler=sample_on_host,
+            logits_processors=(),
             swap=swap,
         )
         self.device, self.device_state = paged_model.device, DeviceState(tables, paged_model.device)
@@ -111,15 +108,19 @@ class DeviceRunner(ModelRunner):
             supports_whole_prompts(layer.spec, paged_model.dtype, self.device) for layer in paged_model.layers
         ) and not any(layer.sinks is not None for layer in paged_model.fused.layers)
         self._on_cuda = self.device.type == "cuda"
-        # Experts are chosen on the host.
-        self._cuda_graphs = cuda_graphs and self._on_cuda and paged_model.fused.has_static_shapes
+        self._pads = cuda_graphs and paged_model.fused.has_static_shapes
+        """Whether batches of decodes are padded to few sizes, each of which has a graph on CUDA."""
+        self._cuda_graphs = self._pads and self._on_cuda
         self._requests: list[Request | None] = [None] * num_slots
+        self._behind = np.zeros(num_slots, dtype=np.bool_)
+        """Slots whose last tokens the batch state on the host lacks."""
         self._min_positions = np.zeros(num_slots, dtype=np.int64)
         """Where a slot's first stop token may stand."""
         self._prefixes_of: bytes | None = None
         self._prefixes: list[tuple[npt.NDArray[np.int64], int]] = []
         """What `find_prefixes` found in the slots `_prefixes_of`."""
-        room = 3 * max_num_tokens + 16 * num_slots + 8192
+        # Three numbers a token, two a tile of queries, some for each row, and what changed.
+        room = 3 * max_num_tokens + 2 * (max_num_tokens * spec.group // ROWS) + 16 * num_slots + 8192
         self._inbox = torch.zeros(room, dtype=torch.int32, device=self.device)
         self._sent = [torch.zeros(room, dtype=torch.int32, pin_memory=self._on_cuda) for _ in range(_RING)]
         self._tokens = torch.zeros(num_slots, dtype=torch.int32, device=self.device)
@@ -142,8 +143,9 @@ class DeviceRunner(ModelRunner):
             self._load(request)
         if not len(plan.slots):
             return _Enqueued(self._received[0][:0], None)
-        if self._logits_processors or any(request.steered for request in plan.sampling):
+        if any(request.steered for request in plan.sampling):
             return self._launch_on_host(plan)
+        self._behind[plan.slots[plan.samples]] = True
         self._turn = (self._turn + 1) % _RING
         forbidden = self._forbidden(plan)
         if plan.samples.all() and plan.counts[-1] == 1 and len(forbidden) <= _MOST_FORBIDDEN:
@@ -158,21 +160,33 @@ class DeviceRunner(ModelRunner):
             done.record()
         return _Enqueued(tokens, done)
 
+    def prefers_whole(self, num_tokens: int) -> bool:
+        """See `ModelRunner`."""
+        return self._has_whole_prompts and is_worth_it(0, num_tokens)
+
+    def close(self) -> None:
+        """See `ModelRunner`: graphs keep their memory, and the cache's."""
+        self._graphs.clear()
+        self._requests.clear()
+        self._sent, self._received = [], []
+        self._inbox = self._tokens = self._logprobs = self._counters = torch.empty(0)
+
     def _load(self, request: Request) -> None:
         slot = request.slot
         self.state.load(request)
         self.device_state.load(slot, self.state, request.token_ids[-1])
-        self._requests[slot], self._prefixes_of = request, None
+        self._requests[slot], self._behind[slot], self._prefixes_of = request, False, None
         self._min_positions[slot] = 0
         if request.stop_token_ids:
             self._min_positions[slot] = request.num_prompt_tokens + request.params.min_tokens
 
     def _launch_on_host(self, plan: StepPlan) -> Launched:
         """A step whose logits the host must see; everything before it has been committed."""
-        for slot in plan.slots.tolist():
+        for slot in plan.slots[self._behind[plan.slots]].tolist():
             request = self._requests[slot]
             assert request is not None
             self.state.load(request)
+        self._behind[plan.slots] = False
         return self._compute(plan)
 
     def _draw(
@@ -193,11 +207,9 @@ class DeviceRunner(ModelRunner):
         if prefixes := self._find_prefixes(plan):
             shared = plan_prefixes(prefixes, plan.slots, size, self._group, self._num_shared_items)
             sections += [part.ravel() for part in shared]
-        room = 0
         if len(forbidden):
-            room = 1 << max(6, (len(forbidden) - 1).bit_length())  # few sizes: each has a graph of its own
-            sections += _padded(forbidden, room)
-        variant = _Variant(size, bool(prefixes), room)
+            sections += _padded(forbidden, _MOST_FORBIDDEN)
+        variant = _Variant(size, bool(prefixes), bool(len(forbidden)))
         received = self._send(sections, plan.slots)
         graph = self._graphs.get(variant)
         if graph is not None:
@@ -227,11 +239,16 @@ class DeviceRunner(ModelRunner):
         positions = np.arange(ends[-1]) + np.repeat(starts - offsets, counts)
         ids = self.state.tokens[token_slots, positions]
         ids[:singles][samples[:singles]] = -1  # perhaps sampled by the step before
+        ban: list[Tensor] = []
         sections: list[_Array] = [ids, token_slots, positions]
         sections += [(ends - 1)[samples], slots[samples], (starts + counts)[samples], (starts + counts - 1)[samples]]
         prompts, chunks_at = self._whole_prompts(plan, offsets, singles)
         chunked = slots[chunks_at], starts[chunks_at], counts[chunks_at], offsets[chunks_at]
         sections += [*chunked, *plan_tiles(chunked[1], chunked[2], self._group)]
+        if len(forbidden) > _MOST_FORBIDDEN:
+            ban = [torch.from_numpy(part.astype(np.int32)).to(self.device) for part in _padded(forbidden, 0)]
+        elif len(forbidden):
+            sections += _padded(forbidden, len(forbidden))
         received = self._send(sections, slots)
         device_ids, device_slots, device_positions, at, sampled_slots, next_positions, sampled_positions = received[:7]
         decodes = chunks = None
@@ -245,10 +262,7 @@ class DeviceRunner(ModelRunner):
         inputs.sampled_at = at.long()
         logits = self.paged_model.compute(inputs)
         if len(logits):
-            sent = []
-            if len(forbidden):
-                sent = [torch.from_numpy(part.astype(np.int32)).to(self.device) for part in _padded(forbidden)]
-            self._sample(logits, sampled_slots, next_positions, sent)
+            self._sample(logits, sampled_slots, next_positions, ban or received[13:])
 
     def _whole_prompts(
         self, plan: StepPlan, offsets: npt.NDArray[np.int64], singles: int
@@ -293,8 +307,10 @@ class DeviceRunner(ModelRunner):
 
     def _size(self, rows: int) -> int:
         """Rows to which a batch of decodes is padded."""
-        num_slots = len(self._tokens)
-        return min(next((size for size in _SIZES if size >= rows), num_slots), num_slots)
+        if not self._pads:
+            return rows
+        size = next((size for size in _SIZES if size >= rows), -(-rows // _SIZES[-1]) * _SIZES[-1])
+        return min(size, len(self._tokens))
 
     def _forbidden(self, plan: StepPlan) -> npt.NDArray[np.int64]:
         """Pairs (sampling row, token) `[n, 2]` that may not be sampled: stop tokens before `min_tokens`."""
@@ -339,7 +355,7 @@ class DeviceRunner(ModelRunner):
         none = np.zeros(0, dtype=np.int64)
 
         def run() -> None:
-            for size in sizes:
+            for size in sizes:  # that each overwrites what is sent for the others does not matter here
                 self._decode_step(_Variant(size), self._send([_padding(size).ravel()], none))
 
         compiled = compile_ahead(run, self.device, launched=(locate,))
@@ -365,7 +381,7 @@ def _padding(rows: int) -> npt.NDArray[np.int32]:
     return np.repeat(np.array([[-1], [-1], [0], [0]], dtype=np.int32), rows, axis=1)
 
 
-def _padded(pairs: npt.NDArray[np.int64], room: int = 0) -> list[_Array]:
+def _padded(pairs: npt.NDArray[np.int64], room: int) -> list[_Array]:
     """Firsts and seconds of the pairs, padded to `room`, and how many there are."""
     padded = np.zeros((2, max(room, len(pairs))), dtype=np.int64)
     padded[:, : len(pairs)] = pairs.T

@@ -41,22 +41,22 @@ class DeviceState:
         )
         self._num_sent = np.zeros(num_slots, dtype=np.int64)
         """Blocks of each slot's tables that the device has."""
-        self._changes: list[tuple[int, int]] = []
+        self._changes: dict[int, int] = {}
 
     def load(self, slot: int, state: BatchState, last_token: int) -> None:
         """Send the row of a slot anew: parameters, last token, and in time its blocks."""
         self._num_sent[slot] = 0
-        self._changes.append((self._offset["last_token"] + slot, last_token))
-        for name in ("temperature", "top_k", "top_p", "min_p"):
-            value = getattr(state, name)[slot]
-            bits = value.view(np.int32) if isinstance(value, np.float32) else min(value, 2**31 - 1)
-            self._changes.append((self._offset[name] + slot, int(bits)))
+        changes, offset = self._changes, self._offset
+        changes[offset["last_token"] + slot] = last_token
+        changes[offset["top_k"] + slot] = min(int(state.top_k[slot]), 2**31 - 1)
+        for name in ("temperature", "top_p", "min_p"):
+            changes[offset[name] + slot] = int(getattr(state, name)[slot].view(np.int32))
         low, high = state.seed[slot : slot + 1].view(np.int32).tolist()
-        self._changes += [(self._offset["seed"] + 2 * slot, low), (self._offset["seed"] + 2 * slot + 1, high)]
+        changes[offset["seed"] + 2 * slot], changes[offset["seed"] + 2 * slot + 1] = low, high
 
     def take_changes(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """Pairs (index, value) `[n, 2]` of what has changed, and of blocks of `slots` that the device has not seen."""
-        tables, pairs = self._tables, [np.array(self._changes, dtype=np.int32).reshape(-1, 2)]
+        tables, pairs = self._tables, [np.array(list(self._changes.items()), dtype=np.int32).reshape(-1, 2)]
         self._changes.clear()
         groups, num_slots, width = tables.array.shape
         for slot in slots[tables.lengths[slots] > self._num_sent[slots]].tolist():
@@ -64,9 +64,4 @@ class DeviceState:
             self._num_sent[slot] = tables.lengths[slot]
             index = self._offset["tables"] + (np.arange(groups)[:, None] * num_slots + slot) * width + columns
             pairs.append(np.stack([index.ravel(), tables.array[:, slot, columns].ravel()], 1).astype(np.int32))
-        # The last of several changes of one place is what counts: the device applies them in no order.
-        changes: npt.NDArray[np.int32] = np.concatenate(pairs)
-        if len(pairs[0]):
-            _, last = np.unique(changes[::-1, 0], return_index=True)
-            changes = changes[::-1][last]
-        return changes
+        return np.concatenate(pairs)

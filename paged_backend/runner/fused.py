@@ -231,18 +231,18 @@ class FusedModel:
                 raise NotFusable(f"its {name} differ by {difference:.2g}")
 
         def attend(index: int, layer: FusedLayer, qkv: Tensor) -> Tensor:
-            check(f"residuals before layer {index}", _difference(residual, own.stream[index]))
+            check(f"residuals before layer {index}", _typical(residual, own.stream[index]))
             residual.copy_(own.stream[index])
             query, key, value, layer.sinks = own.calls[index]
             wanted = torch.cat([query, key, value], dim=1)
-            differences = [_difference(_rotated(layer, rope, qkv, positions), wanted) for rope in ropes]
+            differences = [_worst(_rotated(layer, rope, qkv, positions), wanted) for rope in ropes]
             check(f"queries, keys and values of layer {index}", min(differences))
             layer.rope = ropes[differences.index(min(differences))]
             return _own_values(query, value).flatten(1)
 
         with torch.inference_mode():
             residual = self._embed(ids) * self._embed_scale
-            check("logits", _difference(self._decode(residual, attend), logits))
+            check("logits", _typical(self._decode(residual, attend), logits))
 
 
 @dataclass
@@ -286,10 +286,20 @@ def _rotated(layer: FusedLayer, rope: Rope | None, qkv: Tensor, positions: Tenso
     return qkv.view(len(qkv), -1, spec.key_dim)
 
 
-def _difference(got: Tensor, want: Tensor) -> float:
-    """Relative to `want`, of the median token: one whose experts are a close choice may get others."""
+def _differences(got: Tensor, want: Tensor) -> Tensor:
+    """Of each token, relative to `want`."""
     got, want = got.flatten(1).float(), want.flatten(1).float()
-    return float(((got - want).norm(dim=1) / want.norm(dim=1)).median())
+    differences: Tensor = (got - want).norm(dim=1) / want.norm(dim=1)
+    return differences
+
+
+def _worst(got: Tensor, want: Tensor) -> float:
+    return float(_differences(got, want).max())
+
+
+def _typical(got: Tensor, want: Tensor) -> float:
+    """Of the median token: one whose experts are a close choice may get others."""
+    return float(_differences(got, want).median())
 
 
 def _feed_forward(mlp: GLU | nn.Module, x: Tensor) -> Tensor:
@@ -402,7 +412,7 @@ def _rms_norm(norm: nn.Module) -> tuple[Tensor, float]:
         with torch.inference_mode():
             own = norm(x)
         normed = x.float() * torch.rsqrt(x.float().square().mean() + eps)
-        found += [(_difference(normed * by, own), eps, by) for by in (weight, 1 + weight.float())]
+        found += [(_worst(normed * by, own), eps, by) for by in (weight, 1 + weight.float())]
     difference, eps, by = min(found, key=lambda item: item[0], default=(math.inf, 0.0, weight))
     if not difference <= _TOLERANCE[weight.dtype]:
         raise NotFusable(f"{type(norm).__name__} is not an RMS norm")

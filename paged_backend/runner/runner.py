@@ -50,6 +50,13 @@ class ModelRunner:
     asynchronous = False
     """Whether `launch` returns before the step has run, so that there is something to be ahead of."""
 
+    def prefers_whole(self, num_tokens: int) -> bool:
+        """Whether a prompt of so many tokens is computed faster whole than in chunks."""
+        return False
+
+    def close(self) -> None:
+        """Let go of what it holds on the device."""
+
     def __init__(
         self,
         paged_model: PagedModel,

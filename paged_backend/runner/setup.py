@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from paged_kernels.attention import AttentionBackend
 from paged_kernels.sampling import sample
 
@@ -21,6 +23,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make a GPU the current one of this thread: kernels, events and graphs go to whichever that is."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def default_backend(device: torch.device) -> str:
+    """The attention backend that `auto` stands for."""
+    if device.type != "cuda":
+        return "reference"
+    # Tiles of the kernels take up to 160 KiB of shared memory, which consumer GPUs do not have.
+    major, minor = torch.cuda.get_device_capability(device)
+    return "triton" if (major, minor) == (8, 0) or major in (9, 10) else "reference"
 
 
 def with_defaults_of(backend: AttentionBackend, config: EngineConfig) -> EngineConfig:
@@ -70,8 +86,8 @@ def make_runner(
     sampler: Sampler,
     logits_processors: Sequence[LogitsProcessor],
 ) -> ModelRunner:
-    """A runner that leaves tokens on the device, if the model is fused and the sampler is not a plugin's."""
-    if paged.fused is None or sampler is not sample:
+    """A runner that leaves tokens on the device, if the model is fused and no plugin wants the logits."""
+    if paged.fused is None or sampler is not sample or logits_processors:
         return ModelRunner(
             paged,
             cache.tables,
@@ -87,8 +103,6 @@ def make_runner(
         cache.tables,
         max_model_len=cache.max_model_len,
         max_num_tokens=config.step_tokens,
-        sampler=sampler,
-        logits_processors=logits_processors,
         swap=cache.swap,
         cuda_graphs=config.cuda_graphs,
     )

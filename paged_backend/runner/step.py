@@ -113,4 +113,6 @@ class PagedAttention:
 
 
 def _work_key(rows: DecodeRows, spec: LayerSpec) -> tuple[object, ...]:
-    return id(rows), spec.window, spec.chunk, spec.num_kv_heads
+    from paged_kernels.gpu.decode_attention import tile_of
+
+    return id(rows), spec.window, spec.chunk, spec.num_kv_heads, tile_of(spec)

@@ -8,7 +8,7 @@ however many run; Python touches a request only when it gets a block, a chunk of
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +36,12 @@ class Scheduler:
         preemption: PreemptionPolicy | None = None,
         costs: PreemptionCosts | None = None,
         host: HostTier | None = None,
+        prefers_whole: Callable[[int], bool] = lambda num_tokens: False,
     ) -> None:
-        """`max_prefill_tokens` bounds the prompt tokens of a step that also decodes; None: only the budget does."""
+        """`max_prefill_tokens` bounds the prompt tokens of a step that also decodes; None: only the budget does.
+
+        `prefers_whole` says which lengths of prompts are computed faster whole than in chunks.
+        """
         self.policy, self.tables, self.host = policy, tables, host
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_prefill_tokens = max_prefill_tokens or max_num_batched_tokens
@@ -46,6 +50,7 @@ class Scheduler:
         if host is not None:
             tables.pool.on_evict = self._evicted
         self.prefix_cache = PrefixCache(tables, host)
+        self._prefers_whole = prefers_whole
         self._displaces = type(policy).displaces is not SchedulingPolicy.displaces
         self.waiting = WaitingQueue(policy)
         self.num_preempted = self.num_swapped = self.num_cached_tokens = 0
@@ -256,15 +261,15 @@ class Scheduler:
     def _admit(self, request: Request, budget: int, spare: int, plan: StepPlan) -> tuple[int, int] | None:
         """Start a waiting request if the cache has room for all of it, what it finds there not counted twice.
 
-        A prompt that a step could do whole is not begun with what is left of one, if that is less than half: whole
-        prompts are computed faster. Returns the spare blocks left and the tokens of its first chunk.
+        A prompt that is computed faster whole, and that a step could do whole, is not begun with what is left of one.
+        Returns the spare blocks left and the tokens of its first chunk.
         """
         tables = self.tables
         request.hash_blocks(tables.block_size)
         num_tokens = len(request.token_ids)
         while True:
             cached = self.prefix_cache.match(request.block_hashes, (num_tokens - 1) // tables.block_size)
-            if budget < num_tokens - cached * tables.block_size <= self._most and budget < self._most // 2:
+            if budget < num_tokens <= self._most and not cached and self._prefers_whole(num_tokens):
                 return None
             held = self.prefix_cache.num_held(request.block_hashes, cached)
             total = min(num_tokens + 1, request.max_total_tokens)

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from paged_kernels.attention import AttentionBatch, LayerCache, LayerSpec, ReferenceAttention, _zeros
-from paged_kernels.gpu.decode_attention import DecodeRows, decode_attention, plan_work
-from paged_kernels.gpu.prefill_attention import PrefillRows, plan_tiles, prefill_attention
+from paged_kernels.gpu.decode_attention import DecodeRows, decode_attention, plan_work, tile_of
+from paged_kernels.gpu.prefill_attention import ROWS, PrefillRows, plan_tiles, prefill_attention
 
 
 class TritonAttention:
     """K and V as `[num_blocks + 1, num_kv_heads, block_size, dim]`: a head's tokens of a block are contiguous.
 
-    Heads whose keys and values have different sizes, or larger ones than 256, are left to `ReferenceAttention`.
+    Heads whose keys and values have different sizes, or larger ones than 256, and groups of more than 128 heads are
+    left to `ReferenceAttention`.
     """
 
     block_size = 64
@@ -66,7 +67,9 @@ class TritonAttention:
 
         if singles:  # ahead of other kernels, as `decode_attention` asks
             rows = batch.derive(("decodes", spec.num_kv_heads), make_decodes)
-            work = batch.derive(("work", spec.num_kv_heads, spec.window, spec.chunk), lambda: plan_work(rows, spec))
+            work = batch.derive(
+                ("work", spec.num_kv_heads, spec.window, spec.chunk, tile_of(spec)), lambda: plan_work(rows, spec)
+            )
         block, offset = batch.derive(
             "places", lambda: (batch.slot_mapping // block_size, batch.slot_mapping % block_size)
         )
@@ -84,4 +87,4 @@ class TritonAttention:
 
 def supports(spec: LayerSpec) -> bool:
     """Whether the kernels can do these heads."""
-    return spec.key_dim == spec.value_dim <= 256
+    return spec.key_dim == spec.value_dim <= 256 and spec.group <= ROWS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.runtime import JITFunction
+
+_patching = threading.Lock()
 
 
 def compile_ahead(run: Callable[[], object], device: torch.device, launched: Collection[JITFunction[Any]] = ()) -> int:
@@ -19,20 +22,22 @@ def compile_ahead(run: Callable[[], object], device: torch.device, launched: Col
     garbage meanwhile; those whose results are used as indices must be among `launched`, and are. Triton keeps what it
     compiled on disk; the next start only reads it.
     """
+    owner = threading.get_ident()
     launches: dict[Any, tuple[JITFunction[Any], tuple[Any, ...], dict[str, Any]]] = {}
 
     def record(kernel: JITFunction[Any], *args: Any, **options: Any) -> None:
-        if kernel in launched:
+        if kernel in launched or threading.get_ident() != owner:  # another engine may serve meanwhile
             launch_kernel(kernel, *args, **options)
             return
         key = (kernel, *map(_kind, args), *(item for item in options.items() if item[0] != "grid"))
         launches.setdefault(key, (kernel, args, options | {"warmup": True}))
 
-    launch_kernel, JITFunction.run = JITFunction.run, record
-    try:
-        run()
-    finally:
-        JITFunction.run = launch_kernel
+    with _patching:
+        launch_kernel, JITFunction.run = JITFunction.run, record
+        try:
+            run()
+        finally:
+            JITFunction.run = launch_kernel
 
     def build(launch: tuple[JITFunction[Any], tuple[Any, ...], dict[str, Any]]) -> None:
         kernel, args, options = launch

@@ -254,7 +254,7 @@ def _decode(
     token = tl.arange(0, TILE)
     # The block ids of the next tile are carried from one iteration to the next: a load of K and V that waited for
     # its own block id would not be pipelined.
-    if BLOCK >= TILE:
+    if BLOCK % TILE == 0:
         next_block = tl.load(table + begin // BLOCK, mask=used, other=0)
     else:
         next_block = tl.load(table + (begin + token) // BLOCK, mask=used & (begin + token < end), other=0)
@@ -293,7 +293,7 @@ def _decode(
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         at = start + token
         block = next_block.to(tl.int64)
-        if BLOCK >= TILE:
+        if BLOCK % TILE == 0:
             next_block = tl.load(table + (start + TILE) // BLOCK, mask=start + TILE < end, other=0)
         else:
             next_block = tl.load(table + (at + TILE) // BLOCK, mask=at + TILE < end, other=0)
@@ -391,7 +391,7 @@ def decode_attention(
         HAS_SOFTCAP=spec.softcap is not None,
         BOUNDED=spec.window is not None or spec.chunk is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        STAGES=3,
+        STAGES=1 if query.dtype == torch.float32 and dim > 128 else 3,
         PDL=pdl,
         num_warps=4,
         launch_pdl=pdl,

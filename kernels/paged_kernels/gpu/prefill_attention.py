@@ -58,7 +58,7 @@ def plan_tiles(starts: ArrayLike, counts: ArrayLike, group: int) -> tuple[NDArra
 @triton.jit
 def _blocks_of(table, at, limit, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """The block that holds the tile of tokens from `at` on, or, where blocks are smaller, that of each token."""
-    if BLOCK < TILE:
+    if BLOCK % TILE != 0:
         at += tl.arange(0, TILE)
     return tl.load(table + at // BLOCK, mask=at < limit, other=0)
 
