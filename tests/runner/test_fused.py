@@ -240,3 +240,10 @@ def test_changed_models_are_refused_and_still_work(change: Callable[[PreTrainedM
     with pytest.raises(NotFusable, match=reason):
         fuse(model)
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_factor_that_sets_in_at_far_positions_is_noticed() -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 2.0}
+    rope["original_max_position_embeddings"] = LONGEST - LONGEST // 4
+    with pytest.raises(NotFusable, match="queries, keys and values"):
+        fuse(build("ministral3", head_dim=16, rope_parameters=rope, sliding_window=None))

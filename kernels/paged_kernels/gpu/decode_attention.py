@@ -166,23 +166,27 @@ def _softcapped(scores, softcap):
 
 
 @triton.jit
-def _merge(first, stride, parts, dim, GROUP: tl.constexpr, DIM: tl.constexpr, MERGED: tl.constexpr):
-    """The sums of all parts, MERGED at a time, in their order whoever came last: the same bits every time."""
-    group = tl.arange(0, GROUP)
-    highest = tl.full([GROUP], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP], tl.float32)
-    acc = tl.zeros([GROUP, DIM], tl.float32)
+def _merge(
+    first, stride, parts, rows, dim, ROWS: tl.constexpr, STORED: tl.constexpr, DIM: tl.constexpr, MERGED: tl.constexpr
+):
+    """The sums of `rows` in all parts, MERGED at a time, in their order whoever came last: the same bits every time.
+
+    A part is weighted sums of values of STORED rows, then their sums of weights, then their highest scores.
+    """
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIM], tl.float32)
     for start in range(0, parts, MERGED):
         part = start + tl.arange(0, MERGED)
         inside = (part < parts)[:, None]
-        its = (first + part.to(tl.int64) * stride)[:, None] + group[None, :] * DIM
-        of_group = (first + part.to(tl.int64) * stride)[:, None] + GROUP * DIM + group[None, :]
+        its = (first + part.to(tl.int64) * stride)[:, None] + rows[None, :] * DIM
+        of_rows = (first + part.to(tl.int64) * stride)[:, None] + STORED * DIM + rows[None, :]
         # Past the L1 cache, which does not see what other multiprocessors wrote.
         its_acc = tl.load(
             its[:, :, None] + dim[None, None, :], mask=inside[:, :, None], other=0.0, cache_modifier=".cg"
         )
-        its_total = tl.load(of_group, mask=inside, other=0.0, cache_modifier=".cg")
-        its_highest = tl.load(of_group + GROUP, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        its_total = tl.load(of_rows, mask=inside, other=0.0, cache_modifier=".cg")
+        its_highest = tl.load(of_rows + STORED, mask=inside, other=float("-inf"), cache_modifier=".cg")
         higher = tl.maximum(highest, tl.max(its_highest, 0))
         fade, its_fade = tl.exp2(highest - higher), tl.exp2(its_highest - higher[None, :])
         acc = acc * fade[:, None] + tl.sum(its_acc * its_fade[:, :, None], 0)
@@ -276,20 +280,15 @@ def _decode(
     acc = tl.zeros([ROWS, DIM_PADDED], tl.float32)
     if shared is not None and item == first_item:
         # Go on from what the row found in its shared prefix.
-        shared_item = tl.load(shared + row * 4 + 1)
-        shared_row = tl.load(shared + row * 4 + 3) * GROUP + group
-        known = group < GROUP
-        for part in range(tl.load(shared + row * 4 + 2)):
-            base = (shared_item + part) * KV_HEADS + head
-            its = shared_partials + base.to(tl.int64) * (SHARED_ROWS * (DIM_PADDED + 2))
-            its_acc = tl.load(its + shared_row[:, None] * DIM_PADDED + dim[None, :], mask=known[:, None], other=0.0)
-            its_total = tl.load(its + SHARED_ROWS * DIM_PADDED + shared_row, mask=known, other=0.0)
-            its_highest = tl.load(its + SHARED_ROWS * (DIM_PADDED + 1) + shared_row, mask=known, other=0.0)
-            higher = tl.maximum(highest, its_highest)
-            fade, its_fade = tl.exp2(highest - higher), tl.exp2(its_highest - higher)
-            acc = acc * fade[:, None] + its_acc * its_fade[:, None]
-            total = total * fade + its_total * its_fade
-            highest = higher
+        found = shared + row * 4
+        shared_rows = tl.minimum(tl.load(found + 3) * GROUP + group, SHARED_ROWS - 1)
+        size = SHARED_ROWS * (DIM_PADDED + 2)
+        at_head = shared_partials + (tl.load(found + 1) * KV_HEADS + head).to(tl.int64) * size
+        parts_found = tl.load(found + 2)
+        at_once: tl.constexpr = 2 if DIM_PADDED <= 64 else 1  # more take registers, and so programs from the rest
+        acc, total, highest = _merge(
+            at_head, KV_HEADS * size, parts_found, shared_rows, dim, ROWS, SHARED_ROWS, DIM_PADDED, at_once
+        )
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         at = start + token
         block = next_block.to(tl.int64)
@@ -331,7 +330,9 @@ def _decode(
         return
     tl.store(counter, 0)
     first = partials + (first_item * KV_HEADS + head).to(tl.int64) * SIZE
-    acc, total, highest = _merge(first, KV_HEADS * SIZE, parts, dim, PACKED, DIM_PADDED, MERGED)
+    acc, total, highest = _merge(
+        first, KV_HEADS * SIZE, parts, tl.arange(0, PACKED), dim, PACKED, PACKED, DIM_PADDED, MERGED
+    )
     _write(out, sinks, head, acc, total, highest, tl.arange(0, PACKED), dim, GROUP, DIM)
 
 
