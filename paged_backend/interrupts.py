@@ -17,7 +17,7 @@ class HeldBack:
     """
 
     def __enter__(self) -> HeldBack:
-        self._came = False
+        self._came = self._open = False
         self._holds = (
             threading.current_thread() is threading.main_thread()
             and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -34,18 +34,17 @@ class HeldBack:
     @contextlib.contextmanager
     def let_in(self) -> Iterator[None]:
         """Inside, an interrupt is raised at once, as is one that has been waiting."""
-        if not self._holds:
-            yield
-            return
-        self._raise()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._open = True
         try:
+            self._raise()
             yield
         finally:
-            signal.signal(signal.SIGINT, self._note)
+            self._open = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._came = True
+        if self._open:
+            self._raise()
 
     def _raise(self) -> None:
         if self._came:
