@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from paged_backend.bench import shapes, workloads
-from paged_backend.bench.result import ThroughputResult, check_writable, write_json
+from paged_backend.bench.result import ThroughputResult, check_writable
 from paged_backend.errors import InvalidArgument
+from paged_backend.files import write_json
 from paged_backend.request import SamplingParams
 
 if TYPE_CHECKING:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+
+from paged_backend.versions import package_versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +47,6 @@ def describe() -> Machine:
         commit=commit,
         dirty=dirty,
     )
-
-
-def package_versions() -> dict[str, str]:
-    """Installed versions, without importing the packages."""
-    found = {}
-    for name in ("paged-backend", "torch", "transformers", "triton"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _cpu() -> str:

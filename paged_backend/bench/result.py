@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -83,16 +81,3 @@ def check_writable(field: str, path: Path | None) -> None:
         raise InvalidArgument(field, str(path), "its directory does not exist")
     if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise InvalidArgument(field, str(path), "must be a file that can be written")
-
-
-def write_json(path: Path, document: object) -> None:
-    """Write `document` to `path`, whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(json.dumps(document, indent=2) + "\n")
-        os.chmod(temporary, 0o644)  # mkstemp's is 0600
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from paged_backend.config import EngineConfig
 from paged_backend.errors import InvalidArgument
 from paged_backend.kv_cache.block_pool import BlockPool
@@ -19,7 +21,9 @@ from paged_backend.kv_cache.swap import SwapSpace
 from paged_backend.runner.capacity import choose_num_blocks, choose_num_host_blocks
 from paged_backend.runner.check import peak_step_bytes
 from paged_backend.runner.model import PagedModel
+from paged_backend.runner.remembered import remembered
 from paged_backend.scheduler.preemption import PreemptionCosts
+from paged_backend.versions import package_versions
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +49,23 @@ def make_cache(
     def needed(num_tokens: int) -> int:
         return blocks_needed(paged.groups, num_tokens, config.block_size, config.step_tokens)
 
-    num_blocks = choose_num_blocks(
-        config, each, paged.device, measure_step=lambda: peak_step_bytes(paged, config, max_model_len)
-    )
+    def measure_step() -> int:
+        return remembered(
+            "peak step bytes",
+            {
+                "model": paged.model.config.to_json_string(use_diff=False),
+                "dtype": str(paged.dtype),
+                "fused": paged.fused is not None,
+                "backend": type(paged.backend).__name__,
+                "config": [config.block_size, config.step_tokens, config.max_num_seqs, config.cuda_graphs],
+                "max_model_len": max_model_len,
+                "device": torch.cuda.get_device_name(paged.device),
+                "versions": package_versions(),
+            },
+            lambda: peak_step_bytes(paged, config, max_model_len),
+        )
+
+    num_blocks = choose_num_blocks(config, each, paged.device, measure_step)
     num_blocks = min(num_blocks, config.max_num_seqs * needed(max_model_len))
     room = bisect.bisect_right(range(1, max_model_len + 1), num_blocks, key=needed)
     if config.max_model_len is not None and config.max_model_len > room:

@@ -16,10 +16,11 @@ from paged_backend.bench import workloads
 from paged_backend.bench.anchors import GPU, Anchor, anchor
 from paged_backend.bench.hf_peer import HfPeer
 from paged_backend.bench.machine import describe
-from paged_backend.bench.result import Series, ThroughputResult, write_json
+from paged_backend.bench.result import Series, ThroughputResult
 from paged_backend.bench.shapes import SHAPES
 from paged_backend.bench.throughput import OurEngine, compare, measure
 from paged_backend.bench.workloads import Workload
+from paged_backend.files import write_json
 from tests.tiny import build
 
 
