@@ -335,6 +335,8 @@ class Engine:
         Beams are steered by all their tokens: nothing runs ahead of them.
         """
         self._expire(outputs)
+        if not self._scheduler.num_running and not self._in_flight:
+            self._paged_model.refresh()  # somebody may have trained the model meanwhile
         ahead = self._look_ahead and self._runner.asynchronous and not self._num_searches
         while self._scheduler.has_work and len(self._in_flight) <= ahead:
             self._launch(held_back)

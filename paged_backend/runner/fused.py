@@ -116,8 +116,8 @@ class FusedModel:
     """The logits of a transformers model from fused kernels.
 
     Packs projections that read the same input; the model's parameters become views of the packed tensors, so the
-    model stays whole and its memory the same. Not seen afterwards: parameters that are replaced or moved, and changes
-    to norms that multiply with 1 + weight.
+    model stays whole and its memory the same, and may be trained; call `refresh` afterwards. Parameters that are
+    replaced or moved are not seen.
     Everything in a forward can be captured in a CUDA graph, apart from MLPs that are called as modules.
     """
 
@@ -141,15 +141,25 @@ class FusedModel:
         multiplier = getattr(config, "residual_multiplier", 1.0)
         self._embed = decoder.embed_tokens
         self._embed_scale = getattr(config, "embedding_multiplier", 1.0) / multiplier
-        self._norm, eps = _rms_norm(decoder.norm)
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        """Of 1 + a weight, and the weight."""
+        self._norm, eps = _rms_norm(decoder.norm, self._copies)
         self._eps = eps / multiplier**2
         self._head = _pack([_plain(head, model.dtype)])
         self._logits_divisor = getattr(config, "logits_scaling", 1.0)
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.layers = [_fuse(block, layer.spec, model.dtype, eps) for block, layer in zip(blocks, layers, strict=True)]
+        self.layers = [
+            _fuse(block, layer.spec, model.dtype, eps, self._copies)
+            for block, layer in zip(blocks, layers, strict=True)
+        ]
         self._observe(model, blocks, multiplier, max_positions)
         if model.device.type == "cuda":
             torch.cuda.empty_cache()  # of the parameters before packing
+
+    def refresh(self) -> None:
+        """Take over weights that have changed where copies of them are kept: norms that multiply with 1 + weight."""
+        for copy, weight in self._copies:
+            copy.copy_(weight).add_(1)
 
     @property
     def has_static_shapes(self) -> bool:
@@ -311,7 +321,9 @@ def _feed_forward(mlp: GLU | nn.Module, x: Tensor) -> Tensor:
     return added
 
 
-def _fuse(block: Any, spec: LayerSpec, dtype: torch.dtype, eps: float) -> FusedLayer:
+def _fuse(
+    block: Any, spec: LayerSpec, dtype: torch.dtype, eps: float, copies: list[tuple[Tensor, Tensor]]
+) -> FusedLayer:
     for module in block.modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         # Those that a forward with `output_hidden_states` leaves behind do nothing in others.
@@ -334,7 +346,7 @@ def _fuse(block: Any, spec: LayerSpec, dtype: torch.dtype, eps: float) -> FusedL
         raise NotFusable("its projections are not those of the heads alone")
 
     def norm(name: str) -> Tensor:
-        return _norm_weight(getattr(block, name), eps)
+        return _norm_weight(getattr(block, name), eps, copies)
 
     before_attention, after_attention, before_mlp, after_mlp = names
     return FusedLayer(
@@ -346,8 +358,8 @@ def _fuse(block: Any, spec: LayerSpec, dtype: torch.dtype, eps: float) -> FusedL
         attention_norm=None if after_attention is None else norm(after_attention),
         mlp_norm=norm(before_mlp),
         mlp_out_norm=None if after_mlp is None else norm(after_mlp),
-        q_norm=_norm_weight(attention.q_norm, eps, spec.key_dim) if head_norms else None,
-        k_norm=_norm_weight(attention.k_norm, eps, spec.key_dim) if head_norms else None,
+        q_norm=_norm_weight(attention.q_norm, eps, copies, spec.key_dim) if head_norms else None,
+        k_norm=_norm_weight(attention.k_norm, eps, copies, spec.key_dim) if head_norms else None,
         norm_eps=eps,
     )
 
@@ -393,14 +405,14 @@ def _join(parameters: Sequence[Tensor]) -> Tensor:
     return packed
 
 
-def _norm_weight(norm: nn.Module, eps: float, size: int | None = None) -> Tensor:
-    weight, own = _rms_norm(norm)
+def _norm_weight(norm: nn.Module, eps: float, copies: list[tuple[Tensor, Tensor]], size: int | None = None) -> Tensor:
+    weight, own = _rms_norm(norm, copies)
     if own != eps or size not in (None, len(weight)):
         raise NotFusable(f"{type(norm).__name__} has {len(weight)} weights and epsilon {own:g}, others {eps:g}")
     return weight
 
 
-def _rms_norm(norm: nn.Module) -> tuple[Tensor, float]:
+def _rms_norm(norm: nn.Module, copies: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, float]:
     """What an RMS norm multiplies with, its weight or 1 + weight, and its epsilon: the best of what its output says."""
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1:
@@ -416,6 +428,8 @@ def _rms_norm(norm: nn.Module) -> tuple[Tensor, float]:
     difference, eps, by = min(found, key=lambda item: item[0], default=(math.inf, 0.0, weight))
     if not difference <= _TOLERANCE[weight.dtype]:
         raise NotFusable(f"{type(norm).__name__} is not an RMS norm")
+    if by is not weight:
+        copies.append((by, weight))
     return by, eps
 
 

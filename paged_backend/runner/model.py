@@ -59,6 +59,12 @@ class PagedModel:
             raise NotFusable("its layers have different numbers of query heads a KV head")
         self.fused = FusedModel(self.model, self.layers, max_positions)
 
+    @torch.inference_mode()
+    def refresh(self) -> None:
+        """See weights that have changed since."""
+        if self.fused is not None:
+            self.fused.refresh()
+
     def allocate(self, num_blocks: int, block_size: int) -> KVStorage:
         """Make the cache, of zeros."""
         self.storage = KVStorage(

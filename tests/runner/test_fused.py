@@ -247,3 +247,16 @@ def test_a_factor_that_sets_in_at_far_positions_is_noticed() -> None:
     rope["original_max_position_embeddings"] = LONGEST - LONGEST // 4
     with pytest.raises(NotFusable, match="queries, keys and values"):
         fuse(build("ministral3", head_dim=16, rope_parameters=rope, sliding_window=None))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+def test_weights_that_are_trained_afterwards_count(family: str) -> None:
+    model = build(family)
+    fused = fuse(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+        fused.refresh()
+        ids = torch.arange(3, 12, device=DEVICE)
+        want = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
+        torch.testing.assert_close(fused(ids, Causal(len(ids))), want, atol=2e-4, rtol=2e-4)
