@@ -41,7 +41,7 @@ def bench_step(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("_gated", "activation"),
         ("_choose", "sampling"),
         ("_add", "sampling"),
-        ("_locate", "step"),
+        ("locate", "step"),
         ("Memcpy HtoD (Pinned -> Device)", "copies"),
         ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>", "copies"),
         ("void at::native::(anonymous namespace)::indexSelectSmallIndex<c10::BFloat16>", "other"),
