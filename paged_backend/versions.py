@@ -8,7 +8,7 @@ import importlib.metadata
 def package_versions() -> dict[str, str]:
     """Installed versions, without importing the packages."""
     found = {}
-    for name in ("paged-backend", "torch", "transformers", "triton"):
+    for name in ("paged-backend", "torch", "transformers", "triton", "nvidia-pytriton", "tritonclient"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,7 @@
-"""Adds `serve` to the `paged-backend` command line. Imported at every start of it, so heavy imports are inside."""
+"""Adds `serve` and `bench serving` to the `paged-backend` command line.
+
+Imported at every start of it, so heavy imports are inside.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,12 @@ if TYPE_CHECKING:
 
 @hookimpl
 def paged_cli_commands(app: typer.Typer) -> None:
-    """Add `paged-backend serve`."""
+    """Add `paged-backend serve` and `paged-backend bench serving`."""
+    from paged_backend.bench import commands as bench
+    from triton_server_model.bench_commands import serving
+
     app.command()(serve)
+    bench.app.command()(serving)
 
 
 Port = typer.Option(min=1, max=65535)

@@ -1,0 +1,43 @@
+"""The serving benchmark on a tiny model and a real tritonserver."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from triton_server_model.bench import Point, Timing, _point
+
+
+def test_streams_through_a_server(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "serving.json"
+    command = [str(Path(sys.executable).parent / "paged-backend"), "bench", "serving", "--model", str(tiny_llama_dir)]
+    command += ["--dtype", "float32", "--device", "cpu", "--set", "num_blocks=256", "--output", str(output)]
+    command += ["--streams", "1", "--streams", "6", "--prompt-tokens", "20", "--output-tokens", "30"]
+    wide = os.environ | {"COLUMNS": "200"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=wide)
+    assert done.returncode == 0, done.stderr
+    assert all(column in done.stdout for column in ("Triton tok/s", "engine tok/s", "share", "TTFT p50 ms"))
+
+    told = json.loads(output.read_text())
+    assert (told["model"], told["prompt_tokens"], told["output_tokens"]) == (tiny_llama_dir.name, 20, 30)
+    assert told["settings"] == {"dtype": "float32", "device": "cpu", "num_blocks": 256}
+    assert told["machine"]["packages"].keys() >= {"paged-backend", "torch"}
+    assert str(tiny_llama_dir.parent) not in json.dumps(told)  # a result that ships names no folder of this machine
+    assert [point["streams"] for point in told["points"]] == [1, 6]
+    for point in told["points"]:
+        assert point["tokens_per_second"] * point["seconds"] == pytest.approx(30 * point["streams"], rel=0.01)
+        assert point["share"] == pytest.approx(point["tokens_per_second"] / point["engine_tokens_per_second"], rel=0.01)
+        assert 0 < point["ttft_p50_ms"] <= point["ttft_p99_ms"] < 1e3 * point["seconds"]
+
+
+def test_figures_of_a_point() -> None:
+    timings = [Timing(sent=10.0, first=11.0, last=13.0, responses=3, tokens=5)] * 3
+    timings.append(Timing(sent=10.5, first=13.5, last=15.0, responses=4, tokens=5))
+    point = _point(timings, engine_rate=8.0)
+    assert point == Point(4, 5.0, 4.0, 8.0, 1000.0, pytest.approx(2940.0), 500.0, 20 / 13)
+    assert point.share == 0.5

@@ -1,0 +1,255 @@
+"""How much of the engine's own throughput reaches the clients of a real tritonserver."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.synchronize
+import os
+import random
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from paged_backend import models
+from paged_backend.bench import shapes
+from paged_backend.bench.workloads import Workload
+from paged_backend.config import EngineConfig
+from triton_server_model.launcher import MODEL_NAME, ServerError, TritonServer, free_ports
+
+_CLIENTS = max(1, min(8, len(os.sched_getaffinity(0)) // 2)) if hasattr(os, "sched_getaffinity") else 1
+"""Processes that share the streams: tritonclient takes some 10,000 responses a second in one."""
+_FIRST_CHARACTER = 0x10000
+_WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
+_SPAWN = multiprocessing.get_context("spawn")
+_OPEN_SECONDS = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What came back on one stream; times are `time.monotonic()` seconds, one clock for all processes."""
+
+    sent: float
+    first: float
+    """When the first response came."""
+    last: float
+    responses: int
+    tokens: int
+
+
+@dataclass(slots=True)
+class Point:
+    """One number of streams, all started at once."""
+
+    streams: int
+    seconds: float
+    """From the first request to the last response."""
+    tokens_per_second: float
+    """Output tokens that reached the clients."""
+    engine_tokens_per_second: float
+    """Of the same requests given to an engine in a process without a server."""
+    ttft_p50_ms: float
+    ttft_p99_ms: float
+    inter_token_p50_ms: float
+    """Over the streams, of each one's mean after its first response."""
+    tokens_per_response: float
+
+    @property
+    def share(self) -> float:
+        """The part of the engine's throughput that reaches the clients."""
+        return self.tokens_per_second / self.engine_tokens_per_second
+
+    def document(self) -> dict[str, float]:
+        """What goes into the JSON file."""
+        rounded = {name: round(value, 4) for name, value in asdict(self).items()}
+        return rounded | {"share": round(self.share, 4)}
+
+
+@contextlib.contextmanager
+def countable(config: EngineConfig) -> Iterator[tuple[EngineConfig, int]]:
+    """The config with a model whose every token is one character, and its vocabulary size.
+
+    The weights are those of `config.model`, or random ones of `shapes.SHAPES`. Only text goes over the wire: with such
+    a tokenizer any token ids can be sent, and the tokens that come back can be counted.
+    """
+    name = config.require_model()
+    with tempfile.TemporaryDirectory(prefix="paged-backend-bench-") as folder:
+        path = Path(folder, Path(name).name)
+        path.mkdir()
+        if name in shapes.SHAPES:
+            with ProcessPoolExecutor(1, _SPAWN) as process:  # its GPU memory is free again
+                process.submit(shapes.save_random, name, path).result()
+        else:
+            source = models.resolve(name, config.revision).resolve()
+            for file in (file for pattern in _WEIGHTS for file in source.glob(pattern)):
+                (path / file.name).symlink_to(file)
+        vocab_size = _save_tokenizer(path, config.trust_remote_code)
+        yield config.model_copy(update={"model": str(path), "revision": None}), vocab_size
+
+
+def _save_tokenizer(path: Path, trust_remote_code: bool) -> int:
+    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import AutoConfig, PreTrainedTokenizerFast
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    vocab_size: int = config.get_text_config().vocab_size
+    tokenizer = Tokenizer(WordLevel({_text([token]): token for token in range(vocab_size)}, unk_token=_text([0])))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    return vocab_size
+
+
+def _text(token_ids: Sequence[int]) -> str:
+    return "".join(chr(_FIRST_CHARACTER + token) for token in token_ids)
+
+
+def measure(
+    config: EngineConfig,
+    vocab_size: int,
+    streams: Sequence[int],
+    prompt_tokens: int,
+    output_tokens: int,
+    report: Callable[[str], None] = lambda line: None,
+) -> list[Point]:
+    """Greedy requests of random prompts, through a tritonserver and then, it being gone, on an engine alone.
+
+    `config` and `vocab_size` are of `countable`. Each number of streams runs once to warm up and once timed, with other
+    prompts. Raises `ServerError` when a stream fails or brings another number of tokens than `output_tokens`.
+    """
+    from paged_backend.bench.throughput import OurEngine
+
+    def workload(count: int, seed: str) -> Workload:
+        rng = random.Random(f"{count} {seed}")
+        prompts = [[rng.randrange(vocab_size) for _ in range(prompt_tokens)] for _ in range(count)]
+        return Workload(seed, [(prompt, output_tokens) for prompt in prompts])
+
+    http_port, grpc_port, metrics_port = free_ports(3)
+    report("starting tritonserver")
+    served: list[list[Timing]] = []
+    with TritonServer(config, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port) as server:
+        for count in streams:
+            report(f"tritonserver: {count} at once")
+            served.append(_serve(server.address("grpc"), [workload(count, "warm-up"), workload(count, "timed")]))
+    report("server stopped; loading the engine alone")
+    ours = OurEngine(config)
+    points = []
+    try:
+        for count, timings in zip(streams, served, strict=True):
+            report(f"engine alone: {count} at once")
+            ours.run(workload(count, "warm-up"))
+            timed = workload(count, "timed")
+            start = time.monotonic()
+            ours.run(timed)
+            points.append(_point(timings, timed.output_tokens / (time.monotonic() - start)))
+    finally:
+        ours.engine.close()
+    return points
+
+
+def _point(timings: list[Timing], engine_rate: float) -> Point:
+    import numpy as np
+
+    tokens = sum(timing.tokens for timing in timings)
+    seconds = max(timing.last for timing in timings) - min(timing.sent for timing in timings)
+    ttft_p50, ttft_p99 = np.percentile([timing.first - timing.sent for timing in timings], [50, 99])
+    between = np.median([(timing.last - timing.first) / (timing.tokens - 1) for timing in timings])
+    return Point(
+        streams=len(timings),
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        engine_tokens_per_second=engine_rate,
+        ttft_p50_ms=float(ttft_p50) * 1e3,
+        ttft_p99_ms=float(ttft_p99) * 1e3,
+        inter_token_p50_ms=float(between) * 1e3,
+        tokens_per_response=tokens / sum(timing.responses for timing in timings),
+    )
+
+
+def _serve(address: str, workloads: Sequence[Workload]) -> list[Timing]:
+    """One workload after the other, the requests of each at once on connections of their own; timings of the last."""
+    clients = min(_CLIENTS, len(workloads[0].requests))
+    barrier = _SPAWN.Barrier(clients)
+    with ProcessPoolExecutor(clients, _SPAWN, initializer=_share, initargs=(barrier,)) as processes:
+        for workload in workloads:
+            parts = [workload.requests[number::clients] for number in range(clients)]
+            futures = [processes.submit(_client, address, part) for part in parts]
+            timings = [timing for future in futures for timing in future.result()]
+    return timings
+
+
+_barrier: multiprocessing.synchronize.Barrier
+"""Of the client processes, in each of them: it can only be inherited."""
+
+
+def _share(barrier: multiprocessing.synchronize.Barrier) -> None:
+    global _barrier
+    _barrier = barrier
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+
+
+def _client(address: str, requests: list[tuple[list[int], int]]) -> list[Timing]:
+    streams = [_Stream(address, _text(prompt), output_tokens) for prompt, output_tokens in requests]
+    _barrier.wait(_OPEN_SECONDS)
+    for stream in streams:
+        stream.send()
+    for stream in streams:
+        stream.wait()
+    return [stream.timing() for stream in streams]
+
+
+class _Stream:
+    """One request on a connection of its own."""
+
+    def __init__(self, address: str, prompt: str, output_tokens: int) -> None:
+        import numpy as np
+        from tritonclient.grpc import InferenceServerClient, InferInput
+
+        self._output_tokens = output_tokens
+        self._inputs = [InferInput("text_input", [1], "BYTES"), InferInput("stream", [1], "BOOL")]
+        self._inputs[0].set_data_from_numpy(np.array([prompt.encode()], dtype=np.object_))
+        self._inputs[1].set_data_from_numpy(np.array([True]))
+        self._responses: list[tuple[float, Any]] = []
+        self._error: Any = None
+        self._ended = threading.Event()
+        arguments = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+        self._client = InferenceServerClient(address, channel_args=arguments)
+        self._client.is_server_live()  # connects
+        self._client.start_stream(self._receive)
+
+    def send(self) -> None:
+        parameters = {"max_tokens": self._output_tokens, "temperature": "0", "ignore_eos": True}
+        self._sent = time.monotonic()
+        self._client.async_stream_infer(MODEL_NAME, self._inputs, parameters=parameters)
+
+    def _receive(self, result: Any, error: Any) -> None:
+        if error is not None:
+            self._error = error
+            self._ended.set()
+            return
+        self._responses.append((time.monotonic(), result))  # read when all is over
+        if result.get_response().parameters["triton_final_response"].bool_param:
+            self._ended.set()
+
+    def wait(self) -> None:
+        """Wait for the end, and end the client: one left open would keep its process alive."""
+        self._ended.wait()
+        self._client.stop_stream()
+        self._client.close()
+
+    def timing(self) -> Timing:
+        """Of a stream that has ended. Raises `ServerError` unless all tokens that were asked for came."""
+        if self._error is not None:
+            raise ServerError(self._error.message())
+        texts = [result.as_numpy("text_output")[0].decode() for _, result in self._responses]
+        tokens = sum(map(len, texts))
+        if tokens != self._output_tokens:
+            raise ServerError(f"a stream brought {tokens} of {self._output_tokens} tokens")
+        return Timing(self._sent, self._responses[0][0], self._responses[-1][0], len(texts), tokens)
