@@ -16,8 +16,9 @@ import numpy.typing as npt
 import torch
 from paged_kernels.gpu.compilation import compile_ahead
 from paged_kernels.gpu.decode_attention import DecodeRows
+from paged_kernels.gpu.logits import add_to_logits
 from paged_kernels.gpu.prefill_attention import ROWS, PrefillRows, plan_tiles
-from paged_kernels.gpu.sampling import add_to_logits, sample
+from paged_kernels.gpu.sampling import sample
 from paged_kernels.gpu.shared_prefix import SharedPrefixes, find_prefixes, num_shared_items, plan_prefixes
 from paged_kernels.gpu.step import apply_changes, locate, locate_tokens
 from paged_kernels.gpu.whole_prompt_attention import is_worth_it, supports_whole_prompts

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from paged_kernels import sampling as host
+from paged_kernels.gpu import logits as logits_changes
 from paged_kernels.gpu import sampling
-from paged_kernels.gpu.sampling import PenaltyTables, SamplingTables
+from paged_kernels.gpu.logits import PenaltyTables
+from paged_kernels.gpu.sampling import SamplingTables
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -231,8 +233,8 @@ def test_additions_to_logits(dtype: torch.dtype) -> None:
     for count in (0, 1, 150):
         got, want = logits.clone(), logits.clone()
         length = torch.tensor([count], dtype=torch.int32, device=DEVICE)
-        sampling.add_to_logits(got, rows, tokens, values, length)
-        sampling.add_to_logits_reference(want, rows, tokens, values, length)
+        logits_changes.add_to_logits(got, rows, tokens, values, length)
+        logits_changes.add_to_logits_reference(want, rows, tokens, values, length)
         assert torch.equal(got, want)
         assert torch.equal(got, logits) == (count == 0)
 
@@ -248,8 +250,8 @@ def test_penalties(dtype: torch.dtype, count_dtype: torch.dtype) -> None:
     counts = torch.randint(0, 6, (2, 5000), generator=torch.Generator().manual_seed(11)).to(DEVICE, count_dtype)
     results = []
     for penalise, count in (
-        (sampling.penalise, sampling.count_tokens),
-        (sampling.penalise_reference, sampling.count_tokens_reference),
+        (logits_changes.penalise, logits_changes.count_tokens),
+        (logits_changes.penalise_reference, logits_changes.count_tokens_reference),
     ):
         tables = PenaltyTables(row, *parameters, counts.clone())
         changed = logits.clone()

@@ -369,3 +369,14 @@ def test_decodes_alone_are_planned_several_steps_ahead() -> None:
     assert plan.num_steps == 10, "until the first ends"
     assert plan.starts.tolist() == [6, 5]
     assert toy.tables.lengths[plan.slots].tolist() == [4, 4]
+
+
+def test_prompts_that_are_faster_whole_are_not_begun_with_the_rest_of_a_step() -> None:
+    for prefers, first in ((lambda num_tokens: False, [6, 10]), (lambda num_tokens: num_tokens >= 12, [6])):
+        toy = Toy(num_blocks=40, budget=16)
+        toy.scheduler._prefers_whole = prefers
+        for prompt in ([0, 1, 2] * 2, [3, 4, 1] * 4, [2] * 20):
+            toy.add(prompt, 1)
+        assert toy.scheduler.schedule().counts.tolist() == first
+    # The second fits a step whole; the third fits none, and is begun with what is left.
+    assert toy.scheduler.schedule().counts.tolist() == [12, 4]
