@@ -19,7 +19,14 @@ import torch
 import torch.nn.functional as F
 from paged_kernels.attention import LayerCache, LayerSpec
 from paged_kernels.gpu.activation import gated
-from paged_kernels.gpu.gemv import MAX_FEW_ROWS, few_rows_linear, linear_add, norm_gate_up, norm_linear
+from paged_kernels.gpu.few_rows import (
+    MAX_FEW_ROWS,
+    MAX_GATE_UP_ROWS,
+    NUM_COUNTERS,
+    few_rows_gate_up,
+    few_rows_linear,
+)
+from paged_kernels.gpu.gemv import linear_add, norm_gate_up, norm_linear
 from paged_kernels.gpu.norm import add_norm
 from paged_kernels.gpu.rope import Rope, rope_and_write_reference
 from torch import Tensor, nn
@@ -126,8 +133,9 @@ class FusedModel:
 
         Positions are below `max_positions`. Raises `NotFusable`, before or after packing: the model works either way.
         """
-        self.gemv = model.device.type == "cuda"
-        """Whether one token takes the kernels that fuse norms and activation into the projections."""
+        self.own_linears = model.device.type == "cuda"
+        """Whether few tokens take our own kernels for projections, with norms or activation fused into some."""
+        self._counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=model.device)
         decoder, head = model.get_decoder(), model.get_output_embeddings()
         blocks = getattr(decoder, "layers", [])[: len(layers)]
         if [getattr(block, "self_attn", None) for block in blocks] != [layer.module for layer in layers]:
@@ -176,7 +184,7 @@ class FusedModel:
 
     def _decode(self, residual: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """Logits of embeddings `[tokens, hidden]`. As layers are called, these become the residual stream, in place."""
-        one = self.gemv and len(residual) == 1
+        one = self.own_linears and len(residual) == 1
         update: Tensor | None = None  # to be added to the residual stream
         update_norm: Tensor | None = None
         for index, layer in enumerate(self.layers):
@@ -184,7 +192,7 @@ class FusedModel:
                 qkv = norm_linear(residual, *layer.qkv, layer.input_norm, self._eps)
             else:
                 normed = add_norm(update, residual, layer.input_norm, self._eps, update_norm)
-                qkv = F.linear(normed, *layer.qkv)
+                qkv = self._linear(normed, layer.qkv)
             attended = attend(index, layer, qkv)
             if rows is not None and index == len(self.layers) - 1:
                 residual = residual[rows]
@@ -198,20 +206,40 @@ class FusedModel:
                 residual = linear_add(hidden, *layer.mlp.down, residual)
                 update = update_norm = None
             else:
-                added = F.linear(attended, *layer.out)
+                added = self._linear(attended, layer.out)
                 normed = add_norm(added, residual, layer.mlp_norm, self._eps, layer.attention_norm)
-                update, update_norm = _feed_forward(layer.mlp, normed), layer.mlp_out_norm
+                update, update_norm = self._feed_forward(layer.mlp, normed), layer.mlp_out_norm
         if one and update is None:
             logits = norm_linear(residual, *self._head, self._norm, self._eps)
         else:
             normed = add_norm(update, residual, self._norm, self._eps, update_norm)
-            few = self.gemv and len(normed) <= MAX_FEW_ROWS and self._head.bias is None
-            logits = few_rows_linear(normed, self._head.weight) if few else F.linear(normed, *self._head)
+            logits = self._linear(normed, self._head)
         if self._logits_divisor != 1.0:
             logits /= self._logits_divisor
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
+
+    def _linear(self, x: Tensor, linear: Linear) -> Tensor:
+        if self._is_few(x, MAX_FEW_ROWS):
+            return few_rows_linear(x, *linear, self._counters)
+        return F.linear(x, *linear)
+
+    def _feed_forward(self, mlp: GLU | nn.Module, x: Tensor) -> Tensor:
+        if isinstance(mlp, GLU):
+            if self._is_few(x, MAX_GATE_UP_ROWS) and mlp.activation != "gelu" and mlp.gate_up.bias is None:
+                hidden = few_rows_gate_up(x, mlp.gate_up.weight, mlp.activation)
+            else:
+                hidden = gated(self._linear(x, mlp.gate_up), mlp.activation)
+            return self._linear(hidden, mlp.down)
+        out = mlp(x.unsqueeze(0))
+        # Some experts return their router's scores too.
+        added: Tensor = (out[0] if isinstance(out, tuple) else out).squeeze(0)
+        return added
+
+    def _is_few(self, x: Tensor, most: int) -> bool:
+        """Whether our own kernels are the fastest."""
+        return self.own_linears and 0 < len(x) <= most and x.shape[1] % 16 == 0
 
     def _observe(self, model: PreTrainedModel, blocks: Sequence[nn.Module], scale: float, max_positions: int) -> None:
         """Compare with a forward of the model, in which every token sees only itself; find each layer's rope.
@@ -310,15 +338,6 @@ def _worst(got: Tensor, want: Tensor) -> float:
 def _typical(got: Tensor, want: Tensor) -> float:
     """Of the median token: one whose experts are a close choice may get others."""
     return float(_differences(got, want).median())
-
-
-def _feed_forward(mlp: GLU | nn.Module, x: Tensor) -> Tensor:
-    if isinstance(mlp, GLU):
-        return F.linear(gated(F.linear(x, *mlp.gate_up), mlp.activation), *mlp.down)
-    out = mlp(x.unsqueeze(0))
-    # Some experts return their router's scores too.
-    added: Tensor = (out[0] if isinstance(out, tuple) else out).squeeze(0)
-    return added
 
 
 def _fuse(

@@ -124,7 +124,7 @@ def test_other_kernels_give_the_same_logits_of_one_token_and_of_few(family: str,
     with torch.inference_mode():
         before = model(ids[None]).logits[0]
         fused = fuse(model)
-        fused.gemv = True
+        fused.own_linears = True
         for tokens in (1, 16):
             logits = fused(ids[:tokens], Causal(tokens))
             torch.testing.assert_close(logits, before[:tokens], rtol=0, atol=2e-4 * float(before.abs().max()))

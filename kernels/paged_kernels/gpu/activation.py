@@ -14,6 +14,16 @@ from paged_kernels.gpu.dependent_launch import supports_dependent_launch
 
 
 @triton.jit
+def activated(x, ACTIVATION: tl.constexpr):
+    """Of float32; "silu", "gelu_tanh" or "gelu"."""
+    if ACTIVATION == "silu":
+        return x * tl.sigmoid(x)
+    if ACTIVATION == "gelu_tanh":  # (1 + tanh(y)) / 2 is the logistic function of 2y
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
 def _gated(gate_up, out, INNER: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         gdc_launch_dependents()
@@ -24,14 +34,16 @@ def _gated(gate_up, out, INNER: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: t
     at = gate_up + token * (2 * INNER) + column
     gate = tl.load(at, mask=real, other=0.0).to(tl.float32)
     up = tl.load(at + INNER, mask=real, other=0.0).to(tl.float32)
-    if ACTIVATION == "silu":
-        gate = gate / (1 + tl.exp(-gate))
-    elif ACTIVATION == "gelu_tanh":
-        # (1 + tanh(y)) / 2 is the logistic function of 2y.
-        gate = gate / (1 + tl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)))
-    else:
-        gate = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
-    tl.store(out + token * INNER + column, (gate * up).to(out.dtype.element_ty), mask=real)
+    tl.store(out + token * INNER + column, (activated(gate, ACTIVATION) * up).to(out.dtype.element_ty), mask=real)
+
+
+def _tiles(tokens: int) -> tuple[int, int]:
+    """Values and warps of a program. Small ones spread few tokens over all multiprocessors."""
+    if tokens <= 16:
+        return 256, 1
+    if tokens <= 64:
+        return 1024, 4
+    return (2048, 8) if tokens <= 1024 else (8192, 16)
 
 
 def gated(gate_up: Tensor, activation: Literal["silu", "gelu_tanh", "gelu"]) -> Tensor:
@@ -42,9 +54,7 @@ def gated(gate_up: Tensor, activation: Literal["silu", "gelu_tanh", "gelu"]) -> 
     """
     tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(tokens, inner)
-    # Small programs spread few tokens over all multiprocessors.
-    warps = 1 if tokens <= 16 else 4
-    block = 256 * warps
+    block, warps = _tiles(tokens)
     pdl = supports_dependent_launch(gate_up.device)
     _gated[(tokens, triton.cdiv(inner, block))](
         gate_up, out, INNER=inner, BLOCK=block, ACTIVATION=activation, PDL=pdl, num_warps=warps, launch_pdl=pdl

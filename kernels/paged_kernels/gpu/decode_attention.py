@@ -262,7 +262,7 @@ def _decode(
         next_block = tl.load(table + begin // BLOCK, mask=used, other=0)
     else:
         next_block = tl.load(table + (begin + token) // BLOCK, mask=used & (begin + token < end), other=0)
-    if PDL:
+    if PDL and shared is None:
         gdc_wait()  # also in programs without work: the kernel may not complete before those that it waits for
     if row < 0:
         return
@@ -278,17 +278,6 @@ def _decode(
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_PADDED], tl.float32)
-    if shared is not None and item == first_item:
-        # Go on from what the row found in its shared prefix.
-        found = shared + row * 4
-        shared_rows = tl.minimum(tl.load(found + 3) * GROUP + group, SHARED_ROWS - 1)
-        size = SHARED_ROWS * (DIM_PADDED + 2)
-        at_head = shared_partials + (tl.load(found + 1) * KV_HEADS + head).to(tl.int64) * size
-        parts_found = tl.load(found + 2)
-        at_once: tl.constexpr = 2 if DIM_PADDED <= 64 else 1  # more take registers, and so programs from the rest
-        acc, total, highest = _merge(
-            at_head, KV_HEADS * size, parts_found, shared_rows, dim, ROWS, SHARED_ROWS, DIM_PADDED, at_once
-        )
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         at = start + token
         block = next_block.to(tl.int64)
@@ -313,6 +302,23 @@ def _decode(
         v = tl.load(values + place[:, None] + dim[None, :], mask=seen[:, None] & real_dim[None, :], other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
         highest = higher
+    if shared is not None and item == first_item:
+        if PDL:
+            # The kernel for shared prefixes runs beside this one, which it let start when those before had completed.
+            gdc_wait()
+        found = shared + row * 4
+        shared_rows = tl.minimum(tl.load(found + 3) * GROUP + group, SHARED_ROWS - 1)
+        size = SHARED_ROWS * (DIM_PADDED + 2)
+        at_head = shared_partials + (tl.load(found + 1) * KV_HEADS + head).to(tl.int64) * size
+        at_once: tl.constexpr = 2 if DIM_PADDED <= 64 else 1  # more take registers, and so programs from the rest
+        its_acc, its_total, its_highest = _merge(
+            at_head, KV_HEADS * size, tl.load(found + 2), shared_rows, dim, ROWS, SHARED_ROWS, DIM_PADDED, at_once
+        )
+        higher = tl.maximum(highest, its_highest)
+        fade, its_fade = tl.exp2(highest - higher), tl.exp2(its_highest - higher)
+        acc = acc * fade[:, None] + its_acc * its_fade[:, None]
+        total = total * fade + its_total * its_fade
+        highest = higher
 
     out += row.to(tl.int64) * (KV_HEADS * GROUP * DIM) + head * (GROUP * DIM)
     if parts == 1:
@@ -334,6 +340,13 @@ def _decode(
         first, KV_HEADS * SIZE, parts, tl.arange(0, PACKED), dim, PACKED, PACKED, DIM_PADDED, MERGED
     )
     _write(out, sinks, head, acc, total, highest, tl.arange(0, PACKED), dim, GROUP, DIM)
+
+
+def _tiles(spec: LayerSpec, dtype: torch.dtype, shared: bool) -> tuple[int, int, int]:
+    """Tokens of a tile, warps and stages: less of each where the kernel for shared prefixes runs on the same ones."""
+    if dtype == torch.float32 and spec.key_dim > 128:
+        return tile_of(spec), 4, 1
+    return (64, 4, 2) if shared else (tile_of(spec), 4, 3)
 
 
 def decode_attention(
@@ -361,6 +374,7 @@ def decode_attention(
     items = work.items.shape[0]
     partials = torch.empty(items * spec.num_kv_heads * packed * (dim + 2), dtype=torch.float32, device=query.device)
     pdl = supports_dependent_launch(query.device)
+    tile, warps, stages = _tiles(spec, query.dtype, shared is not None)
     _decode[(items, spec.num_kv_heads)](
         query,
         query.stride(0),
@@ -388,13 +402,13 @@ def decode_attention(
         DIM=spec.key_dim,
         DIM_PADDED=dim,
         BLOCK=cache.key.shape[2],
-        TILE=tile_of(spec),
+        TILE=tile,
         HAS_SOFTCAP=spec.softcap is not None,
         BOUNDED=spec.window is not None or spec.chunk is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        STAGES=1 if query.dtype == torch.float32 and dim > 128 else 3,
+        STAGES=stages,
         PDL=pdl,
-        num_warps=4,
+        num_warps=warps,
         launch_pdl=pdl,
     )
 

@@ -1,4 +1,4 @@
-"""Linear layers for one row, with the norm before them and the activation or the residual sum behind; few-row logits.
+"""Linear layers for one row, with the norm before them and the activation or the residual sum behind.
 
 With one row a linear layer takes as long as reading its weights, and between two kernels the memory idles. So one
 kernel does its neighbours' work on the way, and asks for its first weights while the kernel before it drains. The scale
@@ -11,17 +11,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from paged_kernels.gpu.activation import activated
 from paged_kernels.gpu.dependent_launch import supports_dependent_launch
-
-MAX_FEW_ROWS = 32
-"""Rows that `few_rows_linear` takes."""
 
 
 @triton.jit
@@ -80,10 +77,7 @@ def _gemv(
         acc *= tl.rsqrt(tl.sum(squares) / k_total + eps)
     if GATED:
         gate, acc = acc.reshape(OUTPUTS, 2).split()
-        if ACTIVATION == "silu":
-            acc *= gate * tl.sigmoid(gate)
-        else:  # the tanh form of gelu, by tanh(z) = 2 * sigmoid(2 * z) - 1
-            acc *= gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+        acc *= activated(gate, ACTIVATION)
     if bias is not None:
         acc += shift.to(tl.float32)
     if residual is not None:
@@ -156,68 +150,6 @@ def norm_gate_up(x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: flo
     return _launch_gemv(x, weight, out, norm_weight=norm_weight, eps=eps, activation=activation)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _few_rows(
-    x,
-    weight,
-    out,
-    rows,
-    n_total,
-    k_total,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    row = tl.arange(0, ROWS)[:, None]
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight += tl.minimum(n, n_total - 1).to(tl.int64)[:, None] * k_total
-    acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for start in range(0, k_total, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)[None, :]
-        w = tl.load(weight + k, mask=k < k_total, other=0.0)
-        a = tl.load(x + row * k_total + k, mask=(row < rows) & (k < k_total), other=0.0)
-        acc = tl.dot(a, w.T, acc, input_precision=PRECISION)
-    place = row.to(tl.int64) * n_total + n[None, :]
-    tl.store(out + place, acc.to(out.dtype.element_ty), mask=(row < rows) & (n < n_total)[None, :])
-
-
-def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T` for many outputs, such as the logits of a vocabulary.
-
-    `x` is `[M, K]` with 1 <= M <= `MAX_FEW_ROWS`, `weight` `[N, K]` with N >= 10,000 or so: fewer outputs are faster
-    with an ordinary GEMM. Both are contiguous and of one dtype. Returns `[M, N]` in it, summed in float32.
-    """
-    rows, (n, k) = x.shape[0], weight.shape
-    if not 1 <= rows <= MAX_FEW_ROWS:
-        raise ValueError(f"{rows} rows; this kernel takes 1 to {MAX_FEW_ROWS}")
-    out = x.new_empty(rows, n)
-    pdl = supports_dependent_launch(x.device)
-    # Wider tiles for more rows, which every program reads all of.
-    block_n, block_k, warps = (16, 256, 2) if rows <= 16 else (64, 128, 4)
-    _few_rows[(triton.cdiv(n, block_n),)](
-        x,
-        weight,
-        out,
-        rows,
-        n,
-        k,
-        ROWS=16 if rows <= 16 else MAX_FEW_ROWS,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        PDL=pdl,
-        num_warps=warps,
-        num_stages=4,
-        launch_pdl=pdl,
-    )
-    return out
-
-
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
@@ -247,8 +179,3 @@ def norm_gate_up_reference(
     """`norm_gate_up` in plain PyTorch."""
     gate, up = _norm_linear32(x, weight, None, norm_weight, eps).chunk(2, dim=-1)
     return (_ACTIVATIONS[activation](gate) * up).to(x.dtype)
-
-
-def few_rows_linear_reference(x: Tensor, weight: Tensor) -> Tensor:
-    """`few_rows_linear` in plain PyTorch."""
-    return _norm_linear32(x, weight, None, None, 0.0).to(x.dtype)

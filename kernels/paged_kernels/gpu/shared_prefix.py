@@ -14,9 +14,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from paged_kernels.attention import LayerCache, LayerSpec
 from paged_kernels.gpu.decode_attention import MAX_TILE, SharedPart, _softcapped
+from paged_kernels.gpu.dependent_launch import supports_dependent_launch
 
 ROWS = 128
 """Query rows of an item: its sequences times the heads of a group."""
@@ -123,21 +125,26 @@ def _shared(
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     item = tl.program_id(0)
     head = tl.program_id(1)
     work = items + item * 8
     count = tl.load(work + 2)
-    if count == 0:
-        return
     table = tables + tl.load(work).to(tl.int64) * tables_stride
     member = tl.load(work + 1) + tl.arange(0, ROWS) // GROUP
     begin = tl.load(work + 3)
     end = tl.load(work + 4)
-
     inner = tl.arange(0, ROWS)
     used = inner // GROUP < count
     row = tl.load(members + member, mask=used, other=0).to(tl.int64)
+    if PDL:
+        gdc_wait()
+        # Only now: `decode_attention` starts beside this kernel and reads what the ones before it wrote.
+        gdc_launch_dependents()
+    if count == 0:
+        return
+
     dim = tl.arange(0, DIM_PADDED)
     known = dim < DIM
     offset = row * query_stride + (head * GROUP + inner % GROUP) * DIM
@@ -180,7 +187,7 @@ def attend_to_prefixes(
     an item are weighted sums of values, then sums of weights, then highest scores.
     """
     dim, items = triton.next_power_of_2(spec.key_dim), shared.items.shape[0]
-    exact = query.dtype == torch.float32
+    exact, pdl = query.dtype == torch.float32, supports_dependent_launch(query.device)
     partials = torch.empty(items, spec.num_kv_heads, ROWS * (dim + 2), dtype=torch.float32, device=query.device)
     _shared[(items, spec.num_kv_heads)](
         query,
@@ -204,6 +211,8 @@ def attend_to_prefixes(
         HAS_SOFTCAP=spec.softcap is not None,
         PRECISION="ieee" if exact else "tf32",
         STAGES=1 if exact else 3,
+        PDL=pdl,
         num_warps=8,
+        launch_pdl=pdl,
     )
     return SharedPart(shared.rows, partials)
