@@ -30,7 +30,7 @@ def test_the_engine_uses_it_and_gets_the_same_tokens() -> None:
     assert not is_worth_it(0, 2049)
     assert supports_whole_prompts(LayerSpec(4, 2, 64, 64, 0.125), torch.bfloat16, torch.device("cuda", 0))
     prompts = [[(7 * i + row) % 120 + 3 for i in range(2048)] for row in range(3)]
-    params = SamplingParams(max_tokens=1, ignore_eos=True)
+    params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
     tokens = []
     for budget in (16384, 1024):  # whole, and in chunks
         engine = Engine(

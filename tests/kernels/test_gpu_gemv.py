@@ -20,7 +20,7 @@ from torch import Tensor
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-SHAPES = [(24, 64), (37, 1100), (96, 256), (70, 200), (32, 4100), (130, 2048), (40, 18)]
+SHAPES = [(24, 64), (37, 1100), (96, 256), (70, 200), (32, 4100), (130, 2048), (40, 18), (11, 8210)]
 
 
 def random(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:

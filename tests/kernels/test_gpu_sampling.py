@@ -61,9 +61,9 @@ def run(
 def kept(logits: list[float], **fields: Any) -> set[int]:
     """Which tokens the filters keep; draws agree with the reference and are among them."""
     draws = 200 if MANY else 2
-    tables = make_tables(1, **fields)
+    tables = make_tables(draws, **fields)
     rows = torch.tensor([logits], device=DEVICE).expand(draws, -1).contiguous()
-    tokens, _ = run(rows, tables, slots=torch.zeros(draws, dtype=torch.int32))
+    tokens, _ = run(rows, tables)
     scores = rows[0].double() / tables.temperature[0]
     mask = set(sampling.kept_reference(scores, tables, 0).nonzero().flatten().tolist())
     assert set(tokens.tolist()) == mask if MANY else set(tokens.tolist()) <= mask

@@ -98,8 +98,9 @@ def _launch_gemv(
     if x.shape[0] != 1:
         raise ValueError(f"{x.shape[0]} rows; this kernel takes one")
     n, k = weight.shape
-    # Four rows of 16 bytes a thread: small programs, so that enough of them run at once to keep the memory busy.
-    block_n, block_k = 4, max(256, min(1024 if k <= 2048 else 2048, triton.next_power_of_2(k)))
+    # Small programs, so that enough of them run at once to keep the memory busy; larger ones where there are few.
+    block_n, block_k = (4, 1024) if residual is None else (8, 4096 if k > 8192 else 1024)
+    block_k = max(256, min(block_k, triton.next_power_of_2(k)))
     pdl = supports_dependent_launch(x.device)
     _gemv[(triton.cdiv(n, block_n),)](
         x,
@@ -115,7 +116,7 @@ def _launch_gemv(
         BLOCK_K=block_k,
         ACTIVATION=activation,
         PDL=pdl,
-        num_warps=block_k // 256,
+        num_warps=min(16, block_n * block_k // 1024),
         launch_pdl=pdl,
     )
     return out
