@@ -155,6 +155,7 @@ def test_context_bounds_the_output(make: MakeEngine) -> None:
         ("x" * 16, "has 16 tokens; at most 15 are allowed"),
         ([1, 2, 259], "prompt[2]=259: must be a token id in 0..258"),
         ([1, -1], "prompt[1]=-1: must be a token id in 0..258"),
+        ([1, 2**40], f"prompt[1]={2**40}: must be a token id in 0..258"),
         ([1, "a"], "prompt=[1, 'a']: must be text or a sequence of token ids"),
         (None, "prompt=None: must be text or a sequence of token ids"),
         ("bad \ud800 text", "must be valid Unicode"),

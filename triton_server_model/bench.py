@@ -83,8 +83,7 @@ def countable(config: EngineConfig) -> Iterator[tuple[EngineConfig, int]]:
         path = Path(folder, Path(name).name)
         path.mkdir()
         if name in shapes.SHAPES:
-            with ProcessPoolExecutor(1, _SPAWN) as process:  # its GPU memory is free again
-                process.submit(shapes.save_random, name, path).result()
+            shapes.save_random(name, path)
         else:
             source = models.resolve(name, config.revision).resolve()
             for file in (file for pattern in _WEIGHTS for file in source.glob(pattern)):

@@ -214,6 +214,45 @@ def _show_step(model: str, found: StepProfile) -> None:
 
 
 @app.command()
+def start(
+    model: Model = "smollm2-135m-instruct",
+    dtype: DType = "bfloat16",
+    device: Device = "auto",
+    repeat: Annotated[int, typer.Option(min=1, help="Cold and warm starts.")] = 1,
+    setting: Setting = None,
+    output: Output = None,
+) -> None:
+    """Measure the seconds from the start of a process until its engine is ready, with empty caches and then again."""
+    check_writable("output", output)
+    fields = settings_fields(setting or [], ("model", "dtype", "device"))
+    from paged_backend import models
+    from paged_backend.bench import machine
+    from paged_backend.bench.start import measure
+    from paged_backend.config import EngineConfig
+
+    config = EngineConfig(**{"model": model, "dtype": dtype, "device": device} | fields)
+    with tempfile.TemporaryDirectory(prefix=f"{Path(model).name}-") as folder:
+        if model in shapes.SHAPES:
+            path = Path(folder, model)
+            shapes.save_random(model, path)
+        else:
+            path = models.resolve(model, config.revision)
+        starts = measure(config.model_copy(update={"model": str(path), "revision": None}), repeat)
+    table = Table("start", "imported s", "ready s", "first token s", title=f"{Path(model).name}, {dtype}")
+    for each in starts:
+        table.add_row(each.kind, *(f"{seconds:.1f}" for seconds in (each.imported, each.ready, each.first_token)))
+    if output is not None:
+        document = {
+            "machine": dataclasses.asdict(machine.describe()),
+            "model": Path(model).name,
+            "settings": config.model_dump(exclude_defaults=True, exclude={"model"}),
+            "starts": [dataclasses.asdict(each) for each in starts],
+        }
+        write_json(output, document)
+    Console().print(table)
+
+
+@app.command()
 def planning(
     running: Annotated[
         list[int] | None,

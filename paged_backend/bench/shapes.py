@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +57,12 @@ def make_random(name: str, device: str = "auto", dtype: str = "auto") -> PreTrai
 
 
 def save_random(name: str, directory: Path) -> None:
-    """Save `make_random(name)`; there is no tokenizer."""
+    """Save `make_random(name)`, in a process whose GPU memory is free again then; there is no tokenizer."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        process.submit(_save, name, directory).result()
+
+
+def _save(name: str, directory: Path) -> None:
     make_random(name).save_pretrained(directory)
 
 
