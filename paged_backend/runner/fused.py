@@ -133,7 +133,7 @@ class FusedModel:
 
         Positions are below `max_positions`. Raises `NotFusable`, before or after packing: the model works either way.
         """
-        self.own_linears = model.device.type == "cuda"
+        self.own_linears = False
         """Whether few tokens take our own kernels for projections, with norms or activation fused into some."""
         self._counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=model.device)
         decoder, head = model.get_decoder(), model.get_output_embeddings()
@@ -162,6 +162,7 @@ class FusedModel:
         ]
         self._observe(model, blocks, multiplier, max_positions)
         if model.device.type == "cuda":
+            self.own_linears = True  # not before: they would be compiled one by one
             torch.cuda.empty_cache()  # of the parameters before packing
 
     def refresh(self) -> None:

@@ -16,7 +16,7 @@ _patching = threading.Lock()
 
 
 def compile_ahead(run: Callable[[], object], device: torch.device, launched: Collection[JITFunction[Any]] = ()) -> int:
-    """Compile in parallel all kernels that `run` launches, without launching them; returns how many.
+    """Compile and load in parallel all kernels that `run` launches, without launching them; returns how many.
 
     Kernels must take tensors and numbers by position, constants and options by name. What they would have written is
     garbage meanwhile; those whose results are used as indices must be among `launched`, and are. Triton keeps what it
@@ -42,10 +42,11 @@ def compile_ahead(run: Callable[[], object], device: torch.device, launched: Col
     def build(launch: tuple[JITFunction[Any], tuple[Any, ...], dict[str, Any]]) -> None:
         kernel, args, options = launch
         with torch.cuda.device(device):
-            kernel.run(*args, **options)
+            compiled = kernel.run(*args, **options)
+            _ = compiled.run  # loads it, and makes its launcher, for which Triton calls a C compiler
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(build, launches.values()))
+        list(pool.map(build, reversed(launches.values())))  # sampling, the largest by far, is what ends a step
     return len(launches)
 
 
