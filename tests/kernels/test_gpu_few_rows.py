@@ -63,9 +63,7 @@ def test_few_rows_gate_up(rows: int, n: int, k: int, dtype: torch.dtype, activat
     check(few_rows_gate_up, few_rows_gate_up_reference, *inputs(rows, n, k, dtype)[:2], activation)
 
 
-@pytest.mark.parametrize(
-    "tiles", [(16, 256, 3, 2, 4), (64, 64, 2, 4, 5), (32, 128, 4, 4, 3), (128, 64, 8, 8, 3)], ids=str
-)
+@pytest.mark.parametrize("tiles", [(16, 256, 3, 2, 4), (64, 64, 2, 4, 5), (32, 128, 4, 4, 3), (128, 64, 8, 8, 3)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tiles(dtype: torch.dtype, tiles: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every kind, over shapes that they do not divide."""
