@@ -410,6 +410,9 @@ def decode_attention(
         PDL=pdl,
         num_warps=warps,
         launch_pdl=pdl,
+        # Threads that have the same sums must have the same bits: one of them passes its own on. Whose products are
+        # rounded before they are added depends on the thread, if multiplication and addition are fused.
+        enable_fp_fusion=shared is None,
     )
 
 
