@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -93,6 +94,15 @@ def test_broken_bytes_come_out_after_a_while(byte_tokenizer: PreTrainedTokenizer
     detokenizer = Detokenizer(byte_tokenizer, [])
     pieces = [detokenizer.add([broken]) for _ in range(100)]
     assert len("".join(pieces)) > 80
+
+
+def test_a_tokenizer_that_decodes_in_its_own_way_is_asked(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    class Loud(PreTrainedTokenizerFast):
+        def _decode(self, *args: Any, **kwargs: Any) -> str:
+            return str(super()._decode(*args, **kwargs)).upper()
+
+    loud = Loud(tokenizer_object=byte_tokenizer.backend_tokenizer)
+    assert Detokenizer(loud, []).add(byte_tokenizer("quiet").input_ids, last=True) == "QUIET"
 
 
 def test_a_stop_string_may_begin_before_it_is_armed() -> None:
