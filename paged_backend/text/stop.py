@@ -18,6 +18,8 @@ class StopStrings:
         Text that could be the start of a stop string is held back until it is decided, or until `last`. Until
         `armed`, stop strings that are complete are let through.
         """
+        if not self._strings:
+            return text, False
         text = self._held + text
         # The one that is complete first, so that the pieces the text comes in make no difference.
         found = [(at + len(string), at) for string in self._strings if (at := text.find(string)) >= 0]
