@@ -108,12 +108,15 @@ class BeamSearch:
         return ["stop" if tokens[-1] in self.beams[0].stop_token_ids else "length" for _, tokens in self.best]
 
     def texts(self, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
-        """Of the best; a stop token's own text is not part of it. Raises what the tokenizer does."""
-        prompt = self.beams[0].token_ids[: self.beams[0].num_prompt_tokens]
-        return [
-            "" if tokenizer is None else whole_text(tokenizer, prompt, tokens[:-1] if reason == "stop" else tokens)
-            for (_, tokens), reason in zip(self.best, self.reasons, strict=True)
-        ]
+        """Of the best; a stop token's own text is part of it only if asked for. Raises what the tokenizer does."""
+        if tokenizer is None:
+            return [""] * len(self.best)
+        params, prompt = self.params, self.beams[0].token_ids[: self.beams[0].num_prompt_tokens]
+        texts = []
+        for (_, tokens), reason in zip(self.best, self.reasons, strict=True):
+            shown = tokens[:-1] if reason == "stop" and not params.include_stop_str_in_output else tokens
+            texts.append(whole_text(tokenizer, prompt, shown, skip_special_tokens=params.skip_special_tokens))
+        return texts
 
     def outputs(self, last: RequestOutput, texts: list[str], reasons: list[FinishReason]) -> list[RequestOutput]:
         """The best, in order; `last` has what they have in common."""

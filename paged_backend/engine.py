@@ -456,8 +456,9 @@ class Engine:
         text, detokenised = "", live.sequences[request]
         if detokenised is not None:
             try:
-                # A stop token's own text is not part of the output.
-                text, stopped = detokenised.add([] if reason == "stop" else [token], last=reason is not None)
+                # A stop token's own text is part of the output only if asked for.
+                hidden = reason == "stop" and not request.params.include_stop_str_in_output
+                text, stopped = detokenised.add([] if hidden else [token], last=reason is not None)
             except Exception as error:
                 logger.exception("request %s: its text cannot be decoded", request.request_id)
                 return self._end(request, "error", error, [token])

@@ -61,6 +61,9 @@ class Intake:
             if not isinstance(value, kind):
                 raise InvalidArgument(field, value, f"must be a {kind.__name__}")
         token_ids = self._tokenise(prompt)
+        if params.truncate_prompt_tokens is not None:
+            most = params.truncate_prompt_tokens
+            token_ids = token_ids[-(self._max_model_len - 1 if most == -1 else most) :]
         packed = self._packed(token_ids)
         room = self._max_model_len - len(token_ids)
         if room < 1:

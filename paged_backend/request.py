@@ -45,10 +45,16 @@ class SamplingParams(CheckedModel):
     """Equal seeds repeat equal tokens, whatever else runs. None draws a fresh one."""
     stop: StopStrings = Field((), max_length=64)
     """Strings that end the output; the output stops before the first of them."""
+    include_stop_str_in_output: bool = False
+    """Stop behind the stop string instead; a stop token's own text is part of the output then, too."""
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field((), max_length=256)
     """Token ids that end the output like end-of-sequence does."""
     ignore_eos: bool = False
     """Generate past end-of-sequence."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    """Keep only the last so many tokens of the prompt; with -1, as many as the context has room for."""
     beam_width: int = Field(1, ge=1, le=64)
     """More than 1 searches for the likeliest outputs, keeping this many at a time; tokens come when it ends."""
     length_penalty: float = Field(1.0, ge=-10, le=10)
@@ -59,6 +65,8 @@ class SamplingParams(CheckedModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> SamplingParams:
+        if self.truncate_prompt_tokens == 0:
+            raise InvalidArgument("truncate_prompt_tokens", 0, "must be at least 1, or -1")
         if self.min_tokens > self.max_tokens:
             raise InvalidArgument("min_tokens", self.min_tokens, f"must be at most max_tokens={self.max_tokens}")
         if self.beam_width > 1:

@@ -125,6 +125,43 @@ def test_stop_strings_end_the_text_before_them(make: MakeEngine) -> None:
     idle(engine)
 
 
+def test_what_ends_the_output_is_part_of_it_if_asked_for(make: MakeEngine) -> None:
+    engine = make()
+    (free,) = engine.generate(["hello"], greedy(max_tokens=60))
+    stop = next(free.text[i : i + 2] for i in range(8, len(free.text)) if "\ufffd" not in free.text[i : i + 2])
+    (output,) = engine.generate(["hello"], greedy(max_tokens=60, stop=stop, include_stop_str_in_output=True))
+    assert output.text == free.text[: free.text.index(stop) + len(stop)]
+    at = next(i for i in range(3, 60) if free.token_ids[i] not in free.token_ids[:i])
+    fields = {"max_tokens": 60, "stop_token_ids": [free.token_ids[at]], "include_stop_str_in_output": True}
+    (output,) = engine.generate(["hello"], greedy(**fields))
+    (same,) = engine.generate(["hello"], greedy(max_tokens=at + 1))
+    assert (output.finish_reason, output.text) == ("stop", same.text)
+
+
+def test_special_tokens_are_part_of_the_text_if_asked_for(
+    make: MakeEngine, monkeypatch: pytest.MonkeyPatch, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    engine = make()
+    (free,) = engine.generate(["hello"], greedy(max_tokens=5))
+    eos = byte_tokenizer.eos_token_id or byte_tokenizer.convert_tokens_to_ids("<pad>")
+    monkeypatch.setattr(engine, "_commit", lambda request, token, commit=engine._commit: commit(request, eos))
+    (hidden,) = engine.generate(["hello"], greedy(max_tokens=2))
+    (shown,) = engine.generate(["hello"], greedy(max_tokens=2, skip_special_tokens=False))
+    assert free.text
+    assert (hidden.text, shown.text) == ("", byte_tokenizer.decode([eos, eos]))
+
+
+def test_long_prompts_are_cut_from_the_left_if_asked_for(make: MakeEngine) -> None:
+    engine = make(max_model_len=16)
+    (output,) = engine.generate(["hello"], greedy(max_tokens=3))
+    (cut,) = engine.generate(["x" * 100 + "hello"], greedy(max_tokens=3, truncate_prompt_tokens=5))
+    assert (cut.num_prompt_tokens, cut.token_ids) == (5, output.token_ids)
+    (cut,) = engine.generate(["x" * 100], greedy(max_tokens=3, truncate_prompt_tokens=-1))
+    assert (cut.num_prompt_tokens, cut.num_output_tokens) == (15, 1)
+    with pytest.raises(InvalidArgument, match="truncate_prompt_tokens=0: must be at least 1, or -1"):
+        SamplingParams(truncate_prompt_tokens=0)
+
+
 def test_a_seed_repeats_its_tokens_whatever_runs_beside_it(make: MakeEngine) -> None:
     engine = make(num_blocks=9, max_num_seqs=4, max_model_len=96)
     params = SamplingParams(temperature=1.5, top_p=0.95, seed=11, max_tokens=40, ignore_eos=True)

@@ -21,8 +21,10 @@ class Detokenizer:
     once it does not end in an unfinished character.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_token_ids: Sequence[int]) -> None:
-        self._decode = _decoder(tokenizer)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> None:
+        self._decode = _decoder(tokenizer, skip_special_tokens)
         self._window = list(prompt_token_ids[-_CONTEXT:])
         self._emitted = len(self._window)  # tokens of the window whose text is out
 
@@ -42,11 +44,11 @@ class Detokenizer:
         return after[len(before) :]
 
 
-def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+def _decoder(tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> Callable[[list[int]], str]:
     """Its `decode`, without the detours: those of transformers take longer than the tokenizers library itself."""
     from transformers import PreTrainedTokenizerFast as Fast
 
     kind = type(tokenizer)
     if isinstance(tokenizer, Fast) and kind.decode is Fast.decode and kind._decode is Fast._decode:
-        return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
-    return partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=skip_special_tokens)
+    return partial(tokenizer.decode, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)

@@ -12,18 +12,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def whole_text(tokenizer: PreTrainedTokenizerBase, prompt: list[int], token_ids: list[int]) -> str:
+def whole_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[int], token_ids: list[int], *, skip_special_tokens: bool
+) -> str:
     """The text of an output that is complete."""
-    return Detokenizer(tokenizer, prompt).add(token_ids, last=True)
+    return Detokenizer(tokenizer, prompt, skip_special_tokens=skip_special_tokens).add(token_ids, last=True)
 
 
 class OutputText:
     """Detokeniser and stop strings of one request."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, request: Request) -> None:
-        self._request = request
-        self._detokenizer = Detokenizer(tokenizer, request.token_ids)
-        self._stop = StopStrings(request.params.stop)
+        self._request, params = request, request.params
+        self._detokenizer = Detokenizer(tokenizer, request.token_ids, skip_special_tokens=params.skip_special_tokens)
+        self._stop = StopStrings(params.stop, include=params.include_stop_str_in_output)
 
     def add(self, token_ids: list[int], *, last: bool) -> tuple[str, bool]:
         """Text that may go out, and whether a stop string ended the output. `last` flushes what is held back."""
