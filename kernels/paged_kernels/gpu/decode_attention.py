@@ -342,11 +342,11 @@ def _decode(
     _write(out, sinks, head, acc, total, highest, tl.arange(0, PACKED), dim, GROUP, DIM)
 
 
-def _tiles(spec: LayerSpec, dtype: torch.dtype, shared: bool) -> tuple[int, int, int]:
-    """Tokens of a tile, warps and stages: less of each where the kernel for shared prefixes runs on the same ones."""
+def _tiles(spec: LayerSpec, dtype: torch.dtype, shared: bool) -> tuple[int, int]:
+    """Tokens of a tile, and stages: fewer where the kernel for shared prefixes runs on the same multiprocessors."""
     if dtype == torch.float32 and spec.key_dim > 128:
-        return tile_of(spec), 4, 1
-    return (64, 4, 2) if shared else (tile_of(spec), 4, 3)
+        return tile_of(spec), 1
+    return (64, 2) if shared else (tile_of(spec), 3)
 
 
 def decode_attention(
@@ -374,7 +374,7 @@ def decode_attention(
     items = work.items.shape[0]
     partials = torch.empty(items * spec.num_kv_heads * packed * (dim + 2), dtype=torch.float32, device=query.device)
     pdl = supports_dependent_launch(query.device)
-    tile, warps, stages = _tiles(spec, query.dtype, shared is not None)
+    tile, stages = _tiles(spec, query.dtype, shared is not None)
     _decode[(items, spec.num_kv_heads)](
         query,
         query.stride(0),
@@ -408,7 +408,7 @@ def decode_attention(
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         STAGES=stages,
         PDL=pdl,
-        num_warps=warps,
+        num_warps=4,
         launch_pdl=pdl,
         # Threads that have the same sums must have the same bits: one of them passes its own on. Whose products are
         # rounded before they are added depends on the thread, if multiplication and addition are fused.

@@ -3,7 +3,8 @@
 A kernel that takes part calls `gdc_launch_dependents()` first, so that the next one may start as soon as all of its
 programs run, and `gdc_wait()` before it touches anything that earlier kernels of its step write or read, in every
 program: that returns once the kernel before has completed, which waited for the one before it in turn. Before the wait
-it may read weights, and what the device wrote before the last ordinary kernel of the stream.
+it may read weights, and what the device wrote before the last ordinary kernel of the stream. A kernel that calls
+`gdc_launch_dependents()` only after its own wait lets the next one read all that came before itself without waiting.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ MAX_FEW_ROWS = 64
 MAX_GATE_UP_ROWS = 128
 """Rows that `few_rows_gate_up` takes: it saves a kernel."""
 NUM_COUNTERS = 128
+"""int32 zeros that `few_rows_linear` needs."""
 _ACTIVATIONS = ("silu", "gelu_tanh")
 
 
@@ -134,7 +135,8 @@ def _tiles(row_block: int, outputs: int, inputs: int, gated: bool) -> _Tiles:
         if row_block == 64:
             return _Tiles(64, 64, 1, 4, 6)
         return _Tiles(64, 128, 1, 4, 4) if row_block <= 32 else _Tiles(64, 128, 1, 8, 3)
-    # Programs for most multiprocessors, or else as few as possible; sums of more rows take longer to exchange.
+    # Programs for most of the 132 multiprocessors of an H100, or else as few as possible; sums of more rows take longer
+    # to exchange.
     tiles, split = -(-outputs // 64), 1
     for more in (2, 4):
         if 100 <= tiles * more <= 132 and inputs >= 512 * more:

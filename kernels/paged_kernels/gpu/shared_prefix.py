@@ -1,7 +1,8 @@
 """Decode attention over a prefix that many sequences share: read once for all of them.
 
 The queries of all sequences become the rows of one matrix (cascade attention: Ye et al., FlashInfer, 2024; Juravsky et
-al., Hydragen, 2024). What is found here is where `decode_attention` begins with what a sequence has for itself.
+al., Hydragen, 2024). `decode_attention` runs beside this kernel, and adds what is found here to what a sequence has for
+itself.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ def _shared(
 def attend_to_prefixes(
     query: Tensor, cache: LayerCache, block_tables: Tensor, shared: SharedPrefixes, spec: LayerSpec
 ) -> SharedPart:
-    """What rows find in their shared prefixes, for `decode_attention` to go on from.
+    """What rows find in their shared prefixes, for `decode_attention` to add.
 
     Arguments are those of `decode_attention`; layers with a window or chunks have no shared prefixes. The partials of
     an item are weighted sums of values, then sums of weights, then highest scores.
