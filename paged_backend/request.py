@@ -16,10 +16,15 @@ from paged_backend.kv_cache import hashing
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+TokenId = Annotated[int, Field(ge=0)]
 StopStrings = Annotated[
     tuple[Annotated[str, Field(min_length=1, max_length=1024)], ...],
     BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
 ]
+
+
+_NOT_OF_BEAMS = ("temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")
+_NOT_OF_BEAMS += ("repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "logprobs")
 
 
 class SamplingParams(CheckedModel):
@@ -41,13 +46,28 @@ class SamplingParams(CheckedModel):
     """Keep the smallest set of most likely tokens whose probabilities sum to at least this."""
     min_p: float = Field(0.0, ge=0, le=1)
     """Keep tokens at least this times as likely as the most likely one."""
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    """Subtracted from the logit of every token that was generated before."""
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    """Subtracted as often as the token was generated before."""
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    """Divides the positive logit, multiplies the negative one, of every token of the prompt or the output."""
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=1024)
+    """Added to the logits of these token ids."""
+    allowed_token_ids: tuple[TokenId, ...] | None = Field(None, min_length=1, max_length=2**20)
+    """No other token is generated. None: all may be."""
+    bad_words: StopStrings = Field((), max_length=64)
+    """Words that are not generated, at the start of a word and inside one."""
+    logprobs: int | None = Field(None, ge=0, le=20)
+    """Give the log-probability of each token, and those of the so many likeliest in its place. Of the model itself:
+    before temperature, penalties, bias and masks."""
     seed: int | None = Field(None, ge=0, lt=2**63)
     """Equal seeds repeat equal tokens, whatever else runs. None draws a fresh one."""
     stop: StopStrings = Field((), max_length=64)
     """Strings that end the output; the output stops before the first of them."""
     include_stop_str_in_output: bool = False
     """Stop behind the stop string instead; a stop token's own text is part of the output then, too."""
-    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field((), max_length=256)
+    stop_token_ids: tuple[TokenId, ...] = Field((), max_length=256)
     """Token ids that end the output like end-of-sequence does."""
     ignore_eos: bool = False
     """Generate past end-of-sequence."""
@@ -72,7 +92,7 @@ class SamplingParams(CheckedModel):
         if self.beam_width > 1:
             if self.n > self.beam_width:
                 raise InvalidArgument("n", self.n, f"must be at most beam_width={self.beam_width}")
-            for name in ("temperature", "top_k", "top_p", "min_p", "seed", "stop"):
+            for name in _NOT_OF_BEAMS:
                 value, unset = getattr(self, name), SamplingParams.model_fields[name].default
                 if value != unset and (name, value) != ("temperature", 0.0):
                     raise InvalidArgument(name, value, f"must be {unset!r} with beam_width > 1, which does not sample")
@@ -186,6 +206,19 @@ class Request:
         self.end_time = time.monotonic()
 
 
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token in one place of an output."""
+
+    token_id: int
+    logprob: float
+    """Natural logarithm."""
+    rank: int
+    """1 is the likeliest of the vocabulary."""
+    text: str
+    """Of this token alone; characters that it has only a part of are U+FFFD. "" without a tokenizer."""
+
+
 @dataclass(slots=True)  # not frozen: one is made for every token, and that would take twice as long
 class RequestOutput:
     """What became of a request since the previous output (streaming), or in all (`generate`)."""
@@ -209,6 +242,11 @@ class RequestOutput:
     """Prompt tokens that were found in the cache and not computed."""
     score: float | None = None
     """Of a beam: its log-probability over its length to the power `length_penalty`."""
+    logprobs: list[list[Logprob]] | None = None
+    """For each of `token_ids`: the token itself, then the `SamplingParams.logprobs` likeliest in its place, the likeliest
+    first. None unless asked for."""
+    cumulative_logprob: float | None = None
+    """Sum over all tokens of this output so far. None unless `logprobs` were asked for."""
     arrival_time: float = 0.0
     """`time.monotonic()` seconds."""
     first_token_time: float | None = None

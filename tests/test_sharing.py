@@ -166,7 +166,7 @@ def test_samples_share_their_prompt(make: MakeEngine) -> None:
         prompt = random_prompts(1, 1, 128)[0] * 121
         used = {}
         for n in (1, 4):
-            engine.add_request(prompt, SamplingParams(n=n, max_tokens=2))
+            engine.add_request(prompt, SamplingParams(n=n, max_tokens=2, ignore_eos=True))
             engine.step()
             used[n] = engine.stats().blocks_used
             while engine.has_work:
@@ -195,7 +195,7 @@ def test_a_stream_of_samples_finishes_once(make: MakeEngine) -> None:
     parts = list(engine.stream([5, 6, 7], SamplingParams(n=3, max_tokens=6, seed=1, ignore_eos=True)))
     assert [part.finished for part in parts] == [False] * 17 + [True]
     assert sum(part.finish_reason == "length" for part in parts) == 3
-    request_id = engine.add_request([5, 6, 7], SamplingParams(n=3, max_tokens=6))
+    request_id = engine.add_request([5, 6, 7], SamplingParams(n=3, max_tokens=6, ignore_eos=True))
     engine.step()
     assert engine.abort(request_id)
     last = engine.step()
