@@ -243,8 +243,8 @@ class RequestOutput:
     score: float | None = None
     """Of a beam: its log-probability over its length to the power `length_penalty`."""
     logprobs: list[list[Logprob]] | None = None
-    """For each of `token_ids`: the token itself, then the `SamplingParams.logprobs` likeliest in its place, the likeliest
-    first. None unless asked for."""
+    """For each of `token_ids`: the token itself, then as many of the likeliest in its place as `SamplingParams.logprobs`
+    says, the likeliest first. None unless asked for."""
     cumulative_logprob: float | None = None
     """Sum over all tokens of this output so far. None unless `logprobs` were asked for."""
     arrival_time: float = 0.0

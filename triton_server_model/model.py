@@ -13,7 +13,8 @@ from paged_backend.config import EngineConfig
 from paged_backend.errors import InvalidArgument, PagedBackendError
 from triton_server_model.metrics import MetricsMirror
 from triton_server_model.protocol import INPUTS, OUTPUT, parse_request
-from triton_server_model.sender import Reply, Sender
+from triton_server_model.reply import Reply
+from triton_server_model.sender import Sender
 
 
 class TritonPythonModel:
@@ -47,12 +48,11 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Hand each request to the engine, or answer it at once with what is wrong with it."""
         for request in requests:
-            reply = Reply(request.get_response_sender(), stream=False, text="")
+            reply = Reply(request.get_response_sender())
             try:
                 inputs = {tensor.name(): tensor.as_numpy().item() for tensor in request.inputs()}
                 generation = parse_request(inputs, json.loads(request.parameters() or "{}"))
-                reply.stream = generation.stream
-                reply.text = generation.prompt if generation.prepend_prompt else ""
+                reply.begin(generation)
                 request_id = self._engine.submit(
                     generation.prompt,
                     generation.params,

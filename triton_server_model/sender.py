@@ -8,14 +8,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import triton_python_backend_utils as pb_utils
-
 from paged_backend.request import RequestOutput
-from triton_server_model.protocol import Cancelled, error_code
+from triton_server_model.reply import Reply
 
 logger = logging.getLogger(__name__)
 
@@ -24,36 +20,6 @@ _GATHER_SECONDS = 0.001
 _POLL_SECONDS = 0.025
 _POLLS = 64
 """Requests asked about each time at most: `is_cancelled` is a 10 us call to another process."""
-
-
-@dataclass(slots=True, eq=False)
-class Reply:
-    """One open request's answer: where it goes, and the text not sent yet."""
-
-    responses: Any
-    """Triton's response sender."""
-    stream: bool
-    text: str
-    open: bool = True
-
-    def send(self, text: str, *, final: bool) -> None:
-        """Send `text`, and with `final` end the request."""
-        tensor = pb_utils.Tensor("text_output", np.array([text.encode()], dtype=np.object_))
-        self._send(pb_utils.InferenceResponse(output_tensors=[tensor]), final=final)
-
-    def fail(self, error: Exception) -> None:
-        """End the request with `error`."""
-        message = str(error) if isinstance(error, Cancelled) else f"Error generating stream: {error}"
-        name = error_code(error)
-        if name == "INTERNAL":
-            logger.error("a request failed", exc_info=error)
-        code = getattr(pb_utils.TritonError, name, None)  # servers before 23.11 have no codes
-        triton_error = pb_utils.TritonError(message) if code is None else pb_utils.TritonError(message, code)
-        self._send(pb_utils.InferenceResponse(output_tensors=[], error=triton_error), final=True)
-
-    def _send(self, response: Any, *, final: bool) -> None:
-        self.open = not final
-        self.responses.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
 
 
 class Sender:
@@ -97,7 +63,7 @@ class Sender:
                     case reply, output:
                         pending.setdefault(reply, []).append(output)
             for reply, outputs in pending.items():
-                self._try(_flush, reply, outputs, outputs[-1].request_id)
+                self._try(Reply.add, reply, outputs, outputs[-1].request_id)
             if time.monotonic() >= self._next_poll:
                 for reply, request_id in [self._watched.popleft() for _ in range(min(_POLLS, len(self._watched)))]:
                     self._try(self._poll, reply, request_id, request_id)
@@ -125,19 +91,3 @@ class Sender:
             self._abort(request_id)  # its last output, "abort", ends the reply
         else:
             self._watched.append((reply, request_id))
-
-
-def _flush(reply: Reply, outputs: list[RequestOutput]) -> None:
-    if not reply.open:
-        return
-    reply.text += "".join(output.text for output in outputs)
-    last = outputs[-1]
-    if last.finish_reason == "abort":
-        reply.fail(Cancelled("Request was cancelled"))
-    elif last.finish_reason == "error":
-        reply.fail(last.error or RuntimeError("unknown error"))
-    elif last.finished:
-        reply.send(reply.text, final=True)
-    elif reply.stream and reply.text:
-        text, reply.text = reply.text, ""
-        reply.send(text, final=False)
