@@ -23,8 +23,10 @@ StopStrings = Annotated[
 ]
 
 
-_NOT_OF_BEAMS = ("temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")
-_NOT_OF_BEAMS += ("repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "logprobs")
+_NOT_OF_BEAMS = (
+    *("temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "logprobs"),
+)
 
 
 class SamplingParams(CheckedModel):
@@ -243,8 +245,8 @@ class RequestOutput:
     score: float | None = None
     """Of a beam: its log-probability over its length to the power `length_penalty`."""
     logprobs: list[list[Logprob]] | None = None
-    """For each of `token_ids`: the token itself, then as many of the likeliest in its place as `SamplingParams.logprobs`
-    says, the likeliest first. None unless asked for."""
+    """For each of `token_ids`: the token itself, then the likeliest in its place, as many as `SamplingParams.logprobs`
+    says, in order. None unless asked for."""
     cumulative_logprob: float | None = None
     """Sum over all tokens of this output so far. None unless `logprobs` were asked for."""
     arrival_time: float = 0.0
