@@ -77,6 +77,13 @@ class Intake:
                 raise InvalidArgument(
                     field, getattr(params, field), f"at most max_num_seqs={self._config.max_num_seqs}"
                 )
+        for field, token_ids_ in (
+            ("logit_bias", params.logit_bias),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+        ):
+            for token in token_ids_:
+                if token >= self._vocab_size:
+                    raise InvalidArgument(field, token, f"must be a token id in 0..{self._vocab_size - 1}")
         stops = set(params.stop_token_ids) if params.ignore_eos else self.eos.union(params.stop_token_ids)
         if params.beam_width > 1 and params.beam_width * (1 + len(stops)) > _MOST_CANDIDATES:
             raise InvalidArgument(
@@ -101,6 +108,7 @@ class Intake:
             tenant=options.tenant,
             hash_root=hashing.root(salt),
             steered=params.beam_width > 1,
+            bad_words=self._bad_words(params.bad_words),
             arrival_time=now,
         )
         for name, timeout in (
@@ -112,6 +120,16 @@ class Intake:
         hashing.extend(request.block_hashes, request.hash_root, packed, self._config.block_size)
         self._plugins.hook.paged_request_filter(request=request)
         return request
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Their tokens, inside a word and at the start of one."""
+        if not words:
+            return ()
+        if self.tokenizer is None:
+            raise InvalidArgument("bad_words", words, "words need a tokenizer, and this engine has none")
+        texts = [text for word in words for text in (word.lstrip(), f" {word.lstrip()}")]
+        ids = self.tokenizer(texts, add_special_tokens=False).input_ids
+        return tuple({tuple(tokens) for tokens in ids if tokens})
 
     def _tokenise(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
