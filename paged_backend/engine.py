@@ -362,6 +362,9 @@ class Engine:
         step, began = self._in_flight[0], time.perf_counter()
         with held_back.let_in():
             sampled = step.launched.wait()
+        for request, position, scored in step.launched.scores():
+            if request.prompt_logprobs is not None:
+                request.prompt_logprobs[position] = as_logprobs(scored, self.tokenizer)
         self._in_flight.popleft()
         self._scheduler.end_step()
         if not len(step.plan.slots):
@@ -450,10 +453,11 @@ class Engine:
             request = request if live.search is None else next(iter(live.sequences))
             return self._end(request, "error", FloatingPointError(_NO_TOKEN))
         request.token_ids.append(token)
+        is_first = request.first_token_time is None
         if isinstance(got, Sampled):
             request.cumulative_logprob = (request.cumulative_logprob or 0.0) + got.logprob
             logprobs = [as_logprobs(got, self.tokenizer)]
-        if request.first_token_time is None:
+        if is_first:
             request.first_token_time = time.monotonic()
             self._on_first_token(request=request)
         reason: FinishReason | None = None
@@ -478,6 +482,8 @@ class Engine:
         else:
             output = output_of(request, [token], text, finished=False)
         output.logprobs = logprobs
+        if is_first:
+            output.prompt_logprobs = request.prompt_logprobs
         return output
 
     def _advance_beams(self, live: _Live) -> list[RequestOutput]:

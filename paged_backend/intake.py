@@ -93,6 +93,8 @@ class Intake:
                 "end-of-sequence included",
             )
         salt = options.cache_salt
+        if params.prompt_logprobs is not None:
+            salt = secrets.token_hex(16)  # what is found in the cache has no logits
         if salt is None:
             salt = "" if self._config.enable_prefix_caching else secrets.token_hex(16)
         now = time.monotonic()
@@ -109,6 +111,7 @@ class Intake:
             hash_root=hashing.root(salt),
             steered=params.beam_width > 1,
             bad_words=self._bad_words(params.bad_words),
+            prompt_logprobs=None if params.prompt_logprobs is None else [[] for _ in token_ids],
             arrival_time=now,
         )
         for name, timeout in (
@@ -167,6 +170,7 @@ def sibling(request: Request, index: int) -> Request:
     return dataclasses.replace(
         request,
         index=index,
+        prompt_logprobs=None,  # the first one has them
         token_ids=list(request.token_ids),
         block_hashes=list(request.block_hashes),
         seed=(request.seed + index * _GOLDEN) % 2**63,

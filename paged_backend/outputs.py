@@ -60,6 +60,7 @@ class Whole:
         self._parts: dict[int, tuple[list[str], list[int], list[list[Logprob]]]] = {}
         """Texts, tokens and log-probabilities, by sample."""
         self._last: dict[int, RequestOutput] = {}
+        self._prompt_logprobs: list[list[Logprob]] | None = None
 
     def append(self, part: RequestOutput) -> None:
         """The next output."""
@@ -68,6 +69,7 @@ class Whole:
         token_ids += part.token_ids
         logprobs += part.logprobs or []
         self._last[part.index] = part
+        self._prompt_logprobs = self._prompt_logprobs or part.prompt_logprobs
         self.finished = part.finished
 
     def joined(self) -> RequestOutput:
@@ -78,6 +80,7 @@ class Whole:
                 text="".join(texts),
                 token_ids=token_ids,
                 logprobs=logprobs or None,
+                prompt_logprobs=self._prompt_logprobs,
                 finished=True,
             )
             for index, (texts, token_ids, logprobs) in sorted(self._parts.items())
