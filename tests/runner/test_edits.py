@@ -94,7 +94,7 @@ def test_penalties(engine: Engine, fields: dict[str, float]) -> None:
 
 
 def test_penalties_survive_preemption_and_slots_change_hands(make: Callable[..., Engine]) -> None:
-    engine = make(num_blocks=11)
+    engine = make(num_blocks=9)
     fields = {"presence": 0.8, "frequency": 0.3, "repetition": 1.3}
     want = [by_hand(engine, prompt, penalties(**fields)) for prompt in PROMPTS]
     plain = [by_hand(engine, prompt, penalties()) for prompt in PROMPTS]
@@ -178,7 +178,7 @@ def test_logprobs_are_of_the_models_own_logits(engine: Engine, fields: dict[str,
         assert output.cumulative_logprob == pytest.approx(total)
 
 
-@pytest.mark.parametrize("num_blocks", [100, 11])
+@pytest.mark.parametrize("num_blocks", [100, 9])
 def test_logprobs_of_prompts(make: Callable[..., Engine], num_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In chunks, beside others, and though what they compute is lost on the way."""
     monkeypatch.setattr(scheduler, "_MOST_SCORED", 5)
@@ -198,7 +198,7 @@ def test_logprobs_of_prompts(make: Callable[..., Engine], num_blocks: int, monke
             assert own.token_id == prompt[at]
             assert own.logprob == pytest.approx(float(want[prompt[at]]), abs=1e-4)
             assert [found.token_id for found in likeliest] == want.topk(2).indices.tolist()
-    assert (engine.stats().preemptions > 0) == (num_blocks == 11)
+    assert (engine.stats().preemptions > 0) == (num_blocks == 9)
 
 
 def test_logprobs_only_for_those_who_ask(engine: Engine) -> None:
