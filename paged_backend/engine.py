@@ -143,6 +143,10 @@ class Engine:
         """Outputs of the requests of `generate` and `stream`, which no other caller of `step` gets."""
         self._arrivals = itertools.count()
         self._steps = self._computed_tokens = self._output_tokens = 0
+        self._now = 0.0
+        """When the tokens came that are committed."""
+        self._gaps: list[float] = []
+        """How long after the one before each of them came, that is not the first of its request."""
         self.error: Exception | None = None
         """What killed the engine; None while it serves."""
         observer = self.plugins.observer
@@ -358,6 +362,7 @@ class Engine:
         step, began = self._in_flight[0], time.perf_counter()
         with held_back.let_in():
             sampled = step.launched.wait()
+        self._now, self._gaps = time.monotonic(), []
         self._in_flight.popleft()
         self._scheduler.end_step()
         if not len(step.plan.slots):
@@ -370,7 +375,7 @@ class Engine:
         self._steps += 1
         self._computed_tokens += step.plan.num_tokens
         self._output_tokens += made
-        self._on_step(stats=StepStats(len(step.plan.slots), step.plan.num_tokens, made, seconds))
+        self._on_step(stats=StepStats(len(step.plan.slots), step.plan.num_tokens, made, seconds, self._gaps))
 
     def _abandon(self) -> None:
         """Wait for the steps in flight, if the device still runs them. What they bring is for nobody."""
@@ -446,8 +451,11 @@ class Engine:
             return self._end(request, "error", FloatingPointError("the model's logits for this request are not finite"))
         request.token_ids.append(token)
         if request.first_token_time is None:
-            request.first_token_time = time.monotonic()
+            request.first_token_time = self._now
             self._on_first_token(request=request)
+        else:
+            self._gaps.append(self._now - request.last_token_time)
+        request.last_token_time = self._now
         reason: FinishReason | None = None
         if token in request.stop_token_ids:
             reason = "stop"
@@ -543,9 +551,11 @@ class Engine:
             blocks_used=pool.num_used,
             blocks_cached=pool.num_cached,
             blocks_total=pool.num_blocks,
+            block_size=self.tables.block_size,
             steps=self._steps,
             computed_tokens=self._computed_tokens,
             cached_tokens=scheduler.num_cached_tokens,
+            queried_tokens=scheduler.num_queried_tokens,
             output_tokens=self._output_tokens,
             preemptions=scheduler.num_preempted,
             swapped=scheduler.num_swapped,

@@ -21,6 +21,7 @@ def output_of(request: Request, token_ids: list[int], text: str, *, finished: bo
         index=request.index,
         num_cached_tokens=request.num_cached_tokens or 0,
         arrival_time=request.arrival_time,
+        scheduled_time=request.scheduled_time,
         first_token_time=request.first_token_time,
         end_time=request.end_time,
     )
