@@ -11,10 +11,13 @@ import triton_python_backend_utils as pb_utils
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import InvalidArgument, PagedBackendError
+from triton_server_model.logs import TritonLog
+from triton_server_model.metric_families import is_wanted
 from triton_server_model.metrics import MetricsMirror
 from triton_server_model.protocol import INPUTS, OUTPUT, parse_request
 from triton_server_model.reply import Reply
 from triton_server_model.sender import Sender
+from triton_server_model.tracing import Tracer
 
 
 class TritonPythonModel:
@@ -32,6 +35,8 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the engine that `engine.json`, in the version directory, describes."""
+        self._log = TritonLog(args["model_name"])
+        shows_metrics = is_wanted(args["model_config"])
         path = pathlib.Path(args["model_repository"], args["model_version"], "engine.json")
         try:
             config = _read_config(path)
@@ -42,21 +47,23 @@ class TritonPythonModel:
         except (PagedBackendError, OSError, json.JSONDecodeError) as error:
             raise pb_utils.TritonModelException(f"{path}: {error}") from None  # the message says it all
         labels = {"model": args["model_name"], "version": args["model_version"]}
-        self._sender = Sender(self._engine.abort)
-        self._metrics = MetricsMirror(self._engine.engine.metrics.registry, labels)
+        self._sender, self._tracer = Sender(self._engine.abort), Tracer(args["model_name"])
+        collect = self._engine.engine.metrics.registry.collect
+        self._metrics = MetricsMirror(collect, labels) if shows_metrics else None
 
     def execute(self, requests: list[Any]) -> None:
         """Hand each request to the engine, or answer it at once with what is wrong with it."""
         for request in requests:
-            reply = Reply(request.get_response_sender())
+            reply = Reply(request.get_response_sender(), request.request_id())
             try:
                 inputs = {tensor.name(): tensor.as_numpy().item() for tensor in request.inputs()}
                 generation = parse_request(inputs, json.loads(request.parameters() or "{}"))
                 reply.begin(generation)
+                send = functools.partial(self._sender.put, reply)
                 request_id = self._engine.submit(
                     generation.prompt,
                     generation.params,
-                    on_output=functools.partial(self._sender.put, reply),
+                    on_output=self._tracer.follow(request, generation.params, send),
                 )
             except InvalidArgument as error:
                 # The engine's prompt is this input.
@@ -77,7 +84,10 @@ class TritonPythonModel:
         """End all threads. Triton calls this after every request's final response."""
         self._engine.close()
         self._sender.close()
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        self._tracer.close()
+        self._log.close()
 
 
 def _read_config(path: pathlib.Path) -> EngineConfig:

@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 class Reply:
     """Turns one request's outputs into responses, of which exactly one is the final one."""
 
-    def __init__(self, responses: Any) -> None:
-        """`responses` is Triton's response sender."""
-        self.responses = responses
+    def __init__(self, responses: Any, request_id: str) -> None:
+        """`responses` is Triton's response sender, `request_id` the client's, or empty."""
+        self.responses, self.request_id = responses, request_id
         self.open = True
         """Whether the final response has not been sent."""
         self._stream, self._text = False, ""
@@ -50,7 +50,7 @@ class Reply:
         message = str(error) if isinstance(error, Cancelled) else f"Error generating stream: {error}"
         name = error_code(error)
         if name == "INTERNAL":
-            logger.error("a request failed", exc_info=error)
+            logger.error("the request failed", exc_info=error, extra={"request_id": self.request_id})
         code = getattr(pb_utils.TritonError, name, None)  # servers before 23.11 have no codes
         triton_error = pb_utils.TritonError(message) if code is None else pb_utils.TritonError(message, code)
         self._send([], final=True, error=triton_error)

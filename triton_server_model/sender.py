@@ -73,7 +73,8 @@ class Sender:
         try:
             action(reply, argument)
         except Exception:  # ends this request alone, never the thread
-            logger.exception("request %s cannot be answered; it is aborted", request_id)
+            extra = {"request_id": reply.request_id}
+            logger.exception("request %s cannot be answered; it is aborted", request_id, extra=extra)
             self._abort(request_id)
 
     def _take(self) -> list[tuple[Reply, RequestOutput | str] | None]:
