@@ -19,7 +19,10 @@ from paged_backend.stats import EngineStats, StepStats
 if TYPE_CHECKING:
     from paged_backend.request import Request
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_SECONDS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75),
+    *(1, 1.5, 2, 3, 5, 7.5, 10, 15, 30, 60, 120, 300, 600),
+)
 """Of a request: from a cached prompt on an idle GPU to a long output on a busy one."""
 _STEP_SECONDS = (
     *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
+from prometheus_client import CollectorRegistry, Counter, Metric
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import InvalidArgument, PagedBackendError
@@ -48,13 +50,21 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(f"{path}: {error}") from None  # the message says it all
         labels = {"model": args["model_name"], "version": args["model_version"]}
         self._sender, self._tracer = Sender(self._engine.abort), Tracer(args["model_name"])
-        collect = self._engine.engine.metrics.registry.collect
+        own = CollectorRegistry()
+        self._errors = Counter("paged_backend_error_responses", "Error responses, by code", ["code"], registry=own)
+        for code in ("CANCELLED", "UNAVAILABLE", "INVALID_ARG", "INTERNAL"):
+            self._errors.labels(code)
+
+        def collect() -> Iterator[Metric]:
+            yield from self._engine.engine.metrics.registry.collect()
+            yield from own.collect()
+
         self._metrics = MetricsMirror(collect, labels) if shows_metrics else None
 
     def execute(self, requests: list[Any]) -> None:
         """Hand each request to the engine, or answer it at once with what is wrong with it."""
         for request in requests:
-            reply = Reply(request.get_response_sender(), request.request_id())
+            reply = Reply(request.get_response_sender(), request.request_id(), self._errors)
             try:
                 inputs = {tensor.name(): tensor.as_numpy().item() for tensor in request.inputs()}
                 generation = parse_request(inputs, json.loads(request.parameters() or "{}"))

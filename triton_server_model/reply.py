@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from prometheus_client import Counter
 
 from paged_backend.request import RequestOutput
 from triton_server_model.protocol import Cancelled, Generation, error_code
@@ -18,9 +19,9 @@ logger = logging.getLogger(__name__)
 class Reply:
     """Turns one request's outputs into responses, of which exactly one is the final one."""
 
-    def __init__(self, responses: Any, request_id: str) -> None:
-        """`responses` is Triton's response sender, `request_id` the client's, or empty."""
-        self.responses, self.request_id = responses, request_id
+    def __init__(self, responses: Any, request_id: str, errors: Counter) -> None:
+        """`responses` is Triton's response sender, `request_id` the client's or empty; `errors` counts them by code."""
+        self.responses, self.request_id, self._errors = responses, request_id, errors
         self.open = True
         """Whether the final response has not been sent."""
         self._stream, self._text = False, ""
@@ -49,6 +50,7 @@ class Reply:
         """End the request with `error`."""
         message = str(error) if isinstance(error, Cancelled) else f"Error generating stream: {error}"
         name = error_code(error)
+        self._errors.labels(name).inc()
         if name == "INTERNAL":
             logger.error("the request failed", exc_info=error, extra={"request_id": self.request_id})
         code = getattr(pb_utils.TritonError, name, None)  # servers before 23.11 have no codes

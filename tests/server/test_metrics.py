@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
+from pathlib import Path
 
 import httpx
 import pytest
@@ -73,6 +75,8 @@ def test_metrics_are_what_clients_count(client: Client, byte_tokenizer: PreTrain
         'paged_backend_requests_ended_total{reason="stop"}': 1,
         'paged_backend_requests_ended_total{reason="abort"}': 0,
         'paged_backend_requests_ended_total{reason="error"}': 0,
+        'paged_backend_error_responses_total{code="INVALID_ARG"}': 1,
+        'paged_backend_error_responses_total{code="INTERNAL"}': 0,
         "paged_backend_queried_tokens_total": sum(prompt_tokens),
         "paged_backend_requests_running": 0,
         "paged_backend_requests_waiting": 0,
@@ -155,3 +159,37 @@ def test_the_page_is_well_formed(client: Client) -> None:
     }
     assert {"vllm:prompt_tokens", "vllm:generation_tokens"} <= kinds["counter"]
     assert {f"vllm:time_per_output_token_seconds_{part}" for part in ("bucket", "sum", "count")} <= kinds["counter"]
+
+
+def test_the_dashboard_asks_for_what_is_there(client: Client) -> None:
+    dashboard = json.loads((Path(__file__).parents[2] / "deploy/grafana/paged-backend.json").read_text())
+    assert {"uid", "title", "schemaVersion", "time", "refresh"} <= dashboard.keys()
+    variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
+    assert variables["datasource"]["type"] == "datasource"
+    assert variables["model"]["query"]["query"] == "label_values(paged_backend_requests_running, model)"
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    tiles: set[tuple[int, int]] = set()
+    for panel in panels:
+        x, y, width, height = (panel["gridPos"][name] for name in "xywh")
+        assert x + width <= 24
+        covered = {(column, line) for column in range(x, x + width) for line in range(y, y + height)}
+        assert not covered & tiles, panel["title"]
+        tiles |= covered
+    targets = [(panel["title"], target) for panel in panels for target in panel["targets"]]
+    assert all(target["datasource"]["uid"] == "${datasource}" for _, target in targets)
+    assert all(panel["title"] and panel["targets"] and panel["fieldConfig"]["defaults"]["unit"] for panel in panels)
+    shown = {name.partition("{")[0] for name in samples(client)}
+    asked = set()
+    for title, target in targets:
+        selected = re.findall(r"([a-z_:]+)(\{[^}]*\})", target["expr"])
+        assert selected, title
+        assert all('model=~"$model"' in labels for _, labels in selected), title
+        assert len(re.findall("paged_backend_|nv_|vllm:", target["expr"])) == len(selected), title
+        assert ("histogram_quantile" in target["expr"]) == ("by (le" in target["expr"]) == ("_bucket" in target["expr"])
+        for name, _ in selected:
+            assert name in shown, title
+            assert name.endswith(("_total", "_bucket")) == ("rate(" in target["expr"]) or "kv_blocks_total" in name
+            asked.add(name)
+    ours = {name for name in shown if name.startswith("paged_backend_") and not name.endswith(("_sum", "_count"))}
+    assert ours - asked == {"paged_backend_kv_block_tokens", "paged_backend_request_n_bucket"}
