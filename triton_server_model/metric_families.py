@@ -59,9 +59,11 @@ def is_wanted(model_config: str) -> bool:
 
 
 def with_known_names(families: Iterable[Metric]) -> Iterator[Metric]:
-    """The families of an engine, and of whom else, and those that are made of the engine's."""
+    """The families, and those that are made of the engine's, if there is an engine's among them."""
     found = {family.name: family for family in families}
     yield from found.values()
+    if _TOTAL not in found:
+        return
     for name, ours in _RENAMED.items():
         family = Metric(name, found[ours].documentation, found[ours].type)
         for sample in found[ours].samples:

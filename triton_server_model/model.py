@@ -68,12 +68,11 @@ class TritonPythonModel:
             try:
                 inputs = {tensor.name(): tensor.as_numpy().item() for tensor in request.inputs()}
                 generation = parse_request(inputs, json.loads(request.parameters() or "{}"))
-                reply.begin(generation)
-                send = functools.partial(self._sender.put, reply)
+                reply.begin(generation, self._tracer.follow(request, generation.params))
                 request_id = self._engine.submit(
                     generation.prompt,
                     generation.params,
-                    on_output=self._tracer.follow(request, generation.params, send),
+                    on_output=functools.partial(self._sender.put, reply),
                 )
             except InvalidArgument as error:
                 # The engine's prompt is this input.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,17 @@ class Reply:
         self.open = True
         """Whether the final response has not been sent."""
         self._stream, self._text = False, ""
+        self._trace: Callable[[Sequence[RequestOutput]], None] | None = None
 
-    def begin(self, generation: Generation) -> None:
-        """What was asked for, before the first output."""
-        self._stream = generation.stream
+    def begin(self, generation: Generation, trace: Callable[[Sequence[RequestOutput]], None] | None) -> None:
+        """What was asked for, before the first output. `trace` is told the outputs, too."""
+        self._stream, self._trace = generation.stream, trace
         self._text = generation.prompt if generation.prepend_prompt else ""
 
     def add(self, outputs: Sequence[RequestOutput]) -> None:
         """Send what came since, in one response; without `stream`, only once all is there."""
+        if self._trace is not None:
+            self._trace(outputs)
         if not self.open:
             return
         self._text += "".join(output.text for output in outputs)

@@ -8,11 +8,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from paged_backend.request import OutputCallback, RequestOutput, SamplingParams
+from paged_backend.request import RequestOutput, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -57,16 +57,15 @@ class Tracer:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("paged_backend")
 
-    def follow(self, request: Any, params: SamplingParams, on_output: OutputCallback) -> OutputCallback:
-        """What to call with the outputs of Triton's `request` in place of `on_output`; the same if it is not traced."""
+    def follow(self, request: Any, params: SamplingParams) -> Callable[[Sequence[RequestOutput]], None] | None:
+        """What to tell all outputs of Triton's `request`; None if it is not traced."""
         if self._provider is None or not (context := _context(request)):
-            return on_output
+            return None
         last: dict[int, RequestOutput] = {}
 
-        def observe(output: RequestOutput) -> None:
-            on_output(output)
-            last[output.index] = output
-            if output.finished:
+        def observe(outputs: Sequence[RequestOutput]) -> None:
+            last.update((output.index, output) for output in outputs)
+            if outputs[-1].finished:
                 self._thread.submit(self._record, context, params, list(last.values()))
 
         return observe
