@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-from prometheus_client import CollectorRegistry, Metric
+from prometheus_client import Metric
 from prometheus_client.samples import Sample
 
 logger = logging.getLogger(__name__)
@@ -16,14 +17,14 @@ _PERIOD_SECONDS = 0.5
 
 
 class MetricsMirror:
-    """Copies the metrics of `registry` to Triton's custom metrics, each with `labels` added.
+    """Copies the metrics that `collect` gives to Triton's custom metrics, each with `labels` added.
 
     A histogram becomes the counters `_bucket`, `_sum` and `_count` that Prometheus stores it as. Everything happens on
     one thread: two threads updating one Triton metric crash the whole server.
     """
 
-    def __init__(self, registry: CollectorRegistry, labels: dict[str, str]) -> None:
-        self._registry, self._labels = registry, labels
+    def __init__(self, collect: Callable[[], Iterable[Metric]], labels: dict[str, str]) -> None:
+        self._collect, self._labels = collect, labels
         self._families: dict[str, Any] = {}
         self._metrics: dict[tuple[str, ...], Any] = {}
         self._values: dict[tuple[str, ...], float] = {}
@@ -49,7 +50,7 @@ class MetricsMirror:
         self._copy()
 
     def _copy(self) -> None:
-        for family in self._registry.collect():
+        for family in self._collect():
             for sample in family.samples:
                 if not sample.name.endswith("_created"):
                     self._show(family, sample)
