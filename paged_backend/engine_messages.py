@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 import pickle
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -90,31 +91,29 @@ class Unpacker:
     """Takes `Outputs` apart."""
 
     def __init__(self) -> None:
-        self._begun: dict[str, dict[int, dict[str, Any]]] = {}
-        """Of each sequence, the fields of its outputs so far that later ones keep."""
+        self._latest: dict[str, dict[int, list[Any]]] = {}
+        """The fields of the latest output of each sequence."""
 
     def unpack(self, packed: Outputs) -> list[RequestOutput]:
         """What was packed."""
         outputs = []
         *columns, whole = packed
         for request_id, index, text, token_ids in zip(*columns, strict=True):
-            kept = self._begun[request_id][index]
-            kept["num_output_tokens"] += len(token_ids)
-            outputs.append(RequestOutput(text=text, token_ids=token_ids, **kept))
+            fields = self._latest[request_id][index]
+            fields[_TEXT], fields[_TOKEN_IDS] = text, token_ids
+            fields[_NUM_OUTPUT_TOKENS] += len(token_ids)
+            outputs.append(RequestOutput(*fields))
         for output in whole:
             if output.finished:
-                self._begun.pop(output.request_id, None)
+                self._latest.pop(output.request_id, None)
             else:
-                kept = {name: getattr(output, name) for name in _KEPT}
-                self._begun.setdefault(output.request_id, {})[output.index] = kept
+                self._latest.setdefault(output.request_id, {})[output.index] = list(_fields(output))
         return outputs + whole
 
 
-_KEPT = [
-    field.name
-    for field in dataclasses.fields(RequestOutput)
-    if field.name not in ("text", "token_ids", "finish_reason", "error", "finished", "logprobs")
-]
+_NAMES = [field.name for field in dataclasses.fields(RequestOutput)]
+_TEXT, _TOKEN_IDS, _NUM_OUTPUT_TOKENS = map(_NAMES.index, ("text", "token_ids", "num_output_tokens"))
+_fields = operator.attrgetter(*_NAMES)
 
 
 def portable(error: Exception) -> Exception:
