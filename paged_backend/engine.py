@@ -192,6 +192,12 @@ class Engine:
                 f"max_tokens={request.params.max_tokens}; the cache has {tables.pool.num_blocks}",
             )
 
+    def check_room(self, arrived: int = 0) -> None:
+        """Raises `Overloaded` when `max_waiting` requests wait, with those that arrived and are not enqueued yet."""
+        waiting, most = len(self._scheduler.waiting) + arrived, self.config.max_waiting
+        if waiting >= most:
+            raise Overloaded(f"{waiting} requests wait already; max_waiting is {most}")
+
     def enqueue(self, request: Request) -> None:
         """Accept a request made by `make_request`, however many wait: from here on it ends exactly once.
 
@@ -226,13 +232,10 @@ class Engine:
     ) -> str:
         """Accept a request and return its id.
 
-        Raises as `make_request` and `enqueue` do, and `Overloaded` when `max_waiting` requests wait.
+        Raises as `make_request`, `check_room` and `enqueue` do.
         """
         request = self.make_request(prompt, params, options, request_id)
-        if len(self._scheduler.waiting) >= self.config.max_waiting:
-            raise Overloaded(
-                f"{len(self._scheduler.waiting)} requests wait already; max_waiting is {self.config.max_waiting}"
-            )
+        self.check_room()
         self.enqueue(request)
         return request.request_id
 
