@@ -1,8 +1,8 @@
 """What an engine's process and its owner tell each other, pickled, over a private pipe.
 
-The owner first sends an `EngineConfig` and is answered None, or the exception that the engine could not be made for.
-Then it sends the commands below; its end of file means close. It is sent `Outputs`, `Families` and, at most once, the
-exception that ended the engine.
+The owner first sends an `EngineConfig` and is answered `Loaded`. Then it sends the commands below; its end of file
+means close. It is sent `Outputs`, `Families` and, at most once, the exception that ended the engine; log records at any
+time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
     from paged_backend.intake import Prompt
+
+
+class Loaded(NamedTuple):
+    """The engine is there, or `error` is why it could not be made."""
+
+    error: Exception | None
 
 
 class Submit(NamedTuple):

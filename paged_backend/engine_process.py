@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paged_backend.config import EngineConfig
-from paged_backend.engine_messages import Abort, Collect, Families, Outputs, Submit, Unpacker
+from paged_backend.engine_messages import Abort, Collect, Families, Loaded, Outputs, Submit, Unpacker
 from paged_backend.errors import EngineDead, InvalidArgument
 from paged_backend.outputs import failed
 from paged_backend.request import RequestOptions, RequestOutput, SamplingParams
@@ -76,7 +76,9 @@ class EngineProcess:
         try:
             try:
                 self._connection.send(config)
-                refusal: Exception | None = self._connection.recv()
+                while not isinstance(message := self._connection.recv(), Loaded):
+                    self._take(message, [])
+                refusal = message.error
             except (EOFError, OSError):
                 refusal = EngineDead(f"{self._how_it_died()} while it loaded the model")
             if refusal is not None:
@@ -181,6 +183,10 @@ class EngineProcess:
             case Families(families):
                 self._families = families
                 self._collected.set()
+            case logging.LogRecord():
+                theirs = logging.getLogger(message.name)
+                if theirs.isEnabledFor(message.levelno):
+                    theirs.handle(message)
             case Exception():
                 self._cause = message
 

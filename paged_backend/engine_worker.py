@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import logging.handlers
 import os
 import pickle
 import queue
@@ -11,10 +12,11 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from paged_backend.engine_messages import Abort, Collect, Families, Packer, Submit, portable
+from paged_backend.engine_messages import Abort, Collect, Families, Loaded, Packer, Submit, portable
 from paged_backend.errors import EngineDead, PagedBackendError
 from paged_backend.outputs import failed
 
@@ -44,12 +46,17 @@ class Worker:
         self._aborted: list[str] = []
         self._closing = False
         self._state = threading.Condition()  # guards these three
-        self._outbox: queue.SimpleQueue[list[RequestOutput] | Families | Exception | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[
+            list[RequestOutput] | Families | Loaded | logging.LogRecord | Exception | None
+        ] = queue.SimpleQueue()
 
     def run(self, config: EngineConfig) -> None:
         """Make the engine, say whether that went well, and step it until the owner closes its end."""
         reader = threading.Thread(target=self._read, name="paged-reader", daemon=True)
         reader.start()  # at once: the owner may go away while the model is being loaded
+        writer = threading.Thread(target=self._write, name="paged-writer", daemon=True)
+        writer.start()
+        self._log()
         try:
             from paged_backend.engine import Engine
 
@@ -57,18 +64,22 @@ class Worker:
         except Exception as error:
             if not isinstance(error, PagedBackendError):
                 logger.exception("the engine could not be made")
-            self._owner.send(portable(error))
-            return
-        self._owner.send(None)
-        writer = threading.Thread(target=self._write, name="paged-writer", daemon=True)
-        writer.start()
-        try:
-            self._serve(self._engine)
-        except Exception as error:
-            logger.exception("the engine failed in an unforeseen way")
-            self._outbox.put(_dead(error))
+            self._outbox.put(Loaded(portable(error)))
+        else:
+            self._outbox.put(Loaded(None))
+            try:
+                self._serve(self._engine)
+            except Exception as error:
+                logger.exception("the engine failed in an unforeseen way")
+                self._outbox.put(_dead(error))
         self._outbox.put(None)
         writer.join()
+
+    def _log(self) -> None:
+        """The owner logs what is logged here, as it logs what it says itself."""
+        logging.getLogger().addHandler(logging.handlers.QueueHandler(self._outbox))
+        for name in ("paged_backend", "paged_kernels"):
+            logging.getLogger(name).setLevel(logging.INFO)
 
     def _serve(self, engine: Engine) -> None:
         while engine.error is None:
@@ -141,7 +152,7 @@ class Worker:
         except OSError:
             return  # the owner has gone, as the reader sees too
         except BaseException:
-            logger.exception("outputs cannot be sent")
+            traceback.print_exc()  # the log would go the same way
             os._exit(1)  # so that nobody waits for them
 
 
@@ -151,7 +162,6 @@ def _dead(error: Exception) -> EngineDead:
 
 def main() -> None:
     """Serve the owner at the other end of the file descriptor that is the first argument."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     faulthandler.enable()
     # A Ctrl-C in the terminal, or a shutdown of the machine, is for the server: it ends us when its requests are done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
