@@ -18,6 +18,11 @@ _PREFIX = "paged_backend_"
 _WINDOW_SECONDS = 30.0
 """Latencies are those of so long ago until now."""
 _BAR_WIDTH = 5
+_HEADERS = (
+    *("\nrun", "\nwait", "KV\ncache", "tok/s\nin", "\nout"),
+    *("TTFT\np50 p99", "TPOT\np50 p99", "cache\nhits", "pre-\nempted"),
+)
+"""Short, so that 80 columns are enough."""
 
 
 @dataclass
@@ -91,8 +96,9 @@ class Watch:
             models = parse(answer.text)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise ServerError(f"no metrics from {self._url}: {error}") from None
-        self._history.append((time.monotonic(), models))
-        while self._history[-1][0] - self._history[0][0] > _WINDOW_SECONDS:
+        now = time.monotonic()
+        self._history.append((now, models))
+        while len(self._history) > 2 and now - self._history[0][0] > _WINDOW_SECONDS:
             self._history.popleft()
 
     def table(self, *, of_all_time: bool = False) -> Table:
@@ -104,18 +110,8 @@ class Watch:
             title=escape(self._url), caption=f"latencies and cache hits {span}", box=None, padding=(0, 1, 0, 0)
         )
         table.add_column("\nmodel", overflow="fold")
-        for header in (
-            "\nrun",
-            "\nwait",
-            "KV\ncache",
-            "tok/s\nin",
-            "\nout",
-            "TTFT\np50 p99",
-            "TPOT\np50 p99",
-            "cache\nhits",
-        ):
-            table.add_column(header, justify="right", no_wrap=True)  # in all, 80 columns are enough
-        table.add_column("pre-\nempted", justify="right")
+        for header in _HEADERS:
+            table.add_column(header, justify="right", no_wrap=True)
         for model, totals in sorted(models.items()):
             change = totals.since(before.get(model, Totals()))
             recent = totals if of_all_time else totals.since(oldest.get(model, Totals()))
