@@ -32,8 +32,8 @@ _CLOSE_SECONDS = 10
 _ORPHAN_SECONDS = 1
 """The same, when there is nobody left to answer."""
 _SWITCH_SECONDS = 0.0005
-"""How long one thread may keep the interpreter when another wants it. Each request that is taken in wants it a few times,
-and Python's 5 ms add up where hundreds arrive while the engine is busy; neither is the engine to wait for them."""
+"""How long one thread may keep the interpreter when another wants it. Each request that is taken in wants it a few
+times, and Python's 5 ms add up where hundreds arrive while the engine is busy; nor is the engine to wait for them."""
 
 
 class Worker:
