@@ -32,6 +32,8 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
 
 def default_backend(device: torch.device) -> str:
     """The attention backend that `auto` stands for."""
+    if device.type == "cpu":
+        return "cpu"
     if device.type != "cuda":
         return "reference"
     # Tiles of the kernels take up to 160 KiB of shared memory, which consumer GPUs do not have.
