@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,8 +56,9 @@ def make_model(
     """The model over a paged cache. Raises `UnsupportedModel` where that cannot be."""
     paged = PagedModel(model, backend)
     try:
-        if config.fuse and getattr(backend, "fuses", False):
-            _fuse(paged, config.block_size, max_positions)
+        layer_kernels = getattr(backend, "layer_kernels", lambda dtype: None)(paged.dtype)
+        if config.fuse and layer_kernels is not None:
+            _fuse(paged, config.block_size, max_positions, layer_kernels)
         if paged.fused is None:
             verify(paged, config.block_size)
     except BaseException:
@@ -65,12 +67,12 @@ def make_model(
     return paged
 
 
-def _fuse(paged: PagedModel, block_size: int, max_positions: int) -> None:
+def _fuse(paged: PagedModel, block_size: int, max_positions: int, layer_kernels: ModuleType) -> None:
     from paged_backend.runner.fused import NotFusable
 
     name = type(paged.model).__name__
     try:
-        paged.fuse(max_positions)
+        paged.fuse(max_positions, layer_kernels)
         if paged.device.type == "cuda":
             from paged_kernels.gpu.compilation import compile_ahead
 
@@ -89,7 +91,8 @@ def make_runner(
     logits_processors: Sequence[LogitsProcessor],
 ) -> ModelRunner:
     """A runner that leaves tokens on the device, if the model is fused and no plugin wants the logits."""
-    if paged.fused is None or sampler is not sample or logits_processors:
+    has_device_steps = getattr(paged.backend, "has_device_steps", False)
+    if paged.fused is None or not has_device_steps or sampler is not sample or logits_processors:
         return ModelRunner(
             paged,
             cache.tables,

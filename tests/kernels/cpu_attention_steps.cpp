@@ -6,7 +6,7 @@
 #include <vector>
 
 struct Step {
-    const void *query, *key, *value;
+    void *query, *key, *value;
     void *key_cache, *value_cache, *out;
     const float* sinks;
     const int64_t* slot_mapping;
@@ -16,6 +16,9 @@ struct Step {
     int32_t rows, tokens, table_width, threads;
     int32_t heads, kv_heads, key_dim, value_dim, block_size, window, chunk;
     float scale, softcap;
+    const float *query_norm, *key_norm, *cos_sin;
+    float norm_eps;
+    int32_t rotated, interleaved;
 };
 extern "C" void paged_attention_float32(const Step*);
 extern "C" void paged_attention_bfloat16(const Step*);
@@ -55,6 +58,10 @@ int main() {
         auto keys = buffer(int64_t(blocks) * s.kv_heads * s.block_size * s.key_dim);
         auto values = buffer(int64_t(blocks) * s.kv_heads * s.block_size * s.value_dim);
         std::vector<float> sinks(s.heads, 0.5f);
+        s.rotated = 2 * pick(1, s.key_dim / 2), s.interleaved = pick(0, 1), s.norm_eps = 1e-5f;
+        std::vector<float> cos_sin(int64_t(longest) * s.rotated, 0.7f), norm(s.key_dim, 1.5f);
+        s.cos_sin = pick(0, 1) ? cos_sin.data() : (s.rotated = 0, nullptr);
+        s.query_norm = s.key_norm = pick(0, 1) ? norm.data() : nullptr;
         s.query = query.data(), s.key = key.data(), s.value = value.data(), s.out = out.data();
         s.key_cache = keys.data(), s.value_cache = values.data(), s.sinks = pick(0, 1) ? sinks.data() : nullptr;
         s.slot_mapping = slots.data(), s.tables = tables.data();

@@ -159,7 +159,7 @@ def test_no_undefined_behaviour(tmp_path: Path) -> None:
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fopenmp"]
     instructions = [f"-m{name.replace('_', '')}" for name in library.VARIANTS[VARIANTS[0]]]
     source = Path(__file__).with_name("cpu_attention_steps.cpp")
-    command = ["g++", *flags, *instructions, str(source), str(library.SOURCE), "-o", str(program)]
+    command = ["g++", *flags, *instructions, str(source), str(library.SOURCES[0]), "-o", str(program)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     ran = subprocess.run([str(program)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]

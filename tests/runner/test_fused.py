@@ -16,7 +16,7 @@ from paged_backend.runner.probe import probe
 from tests import tiny
 
 pytest.importorskip("triton")
-from paged_kernels.gpu.rope import rope_and_write_reference
+from paged_kernels.rope import rope_and_write_reference
 
 from paged_backend.runner.fused import GLU, FusedLayer, FusedModel, NotFusable
 
@@ -124,7 +124,7 @@ def test_other_kernels_give_the_same_logits_of_one_token_and_of_few(family: str,
     with torch.inference_mode():
         before = model(ids[None]).logits[0]
         fused = fuse(model)
-        fused.own_linears = True
+        fused.linears.own = True
         for tokens in (1, 16):
             logits = fused(ids[:tokens], Causal(tokens))
             torch.testing.assert_close(logits, before[:tokens], rtol=0, atol=2e-4 * float(before.abs().max()))

@@ -7,11 +7,10 @@
 // for bfloat16 (what one dot-product instruction takes) and P = 1 for float32.
 
 #include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <type_traits>
 #include <vector>
+
+#include "numbers.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -23,53 +22,8 @@ constexpr int TILE = 128;  // keys between two rescalings
 constexpr int ROWS = 8;    // rows of queries that share a load of K or V
 constexpr int MOST_ROWS = 64;   // of a task, unless one query has more
 constexpr int LEAST_KEYS = 512;  // of a task that shares its queries with others
+constexpr int MOST_DIM = 512;
 constexpr float NOTHING = -INFINITY;
-
-struct bfloat {
-    uint16_t bits;
-};
-
-inline float low(uint32_t pair) {
-    uint32_t bits = pair << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-inline float high(uint32_t pair) {
-    uint32_t bits = pair & 0xffff0000u;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-inline float to_float(float x) { return x; }
-inline float to_float(bfloat x) { return low(x.bits); }
-
-inline void store(float* to, float x) { *to = x; }
-inline void store(bfloat* to, float x) {  // round to nearest, ties to even; NaN stays NaN
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    to->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// exp for x <= 0, relative error below 2e-7; vectorises. Coefficients of Cephes' expf.
-inline float exp_of(float x) {
-    x = std::max(x, -87.0f);
-    float n = std::nearbyint(x * 1.44269504088896341f);
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t bits = (int32_t(n) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, 4);
-    return p * power;
-}
 
 inline float tanh_of(float x) {
     float e = exp_of(-2.0f * std::fabs(x));
@@ -82,7 +36,7 @@ extern "C" {
 
 // One layer of one step. Mirrored in attention.py: keep both alike.
 struct Step {
-    const void *query, *key, *value;  // [tokens, heads, dim], the last dimension contiguous
+    void *query, *key, *value;  // [tokens, heads, dim], the last dimension contiguous
     void *key_cache, *value_cache, *out;  // out: [tokens, heads, value_dim]
     const float* sinks;                   // [heads] or null
     const int64_t* slot_mapping;          // [tokens]
@@ -92,6 +46,12 @@ struct Step {
     int32_t rows, tokens, table_width, threads;
     int32_t heads, kv_heads, key_dim, value_dim, block_size, window, chunk;  // window, chunk: 0 for none
     float scale, softcap;                                                    // softcap: 0 for none
+    // Before all that, in place: the RMS norm of each head of queries and keys, times a weight, [key_dim] or null, and
+    // the rotation of its first `rotated` dimensions, by cosines and then sines, [positions, rotated]. Pairs are
+    // neighbours if `interleaved`, else halves.
+    const float *query_norm, *key_norm, *cos_sin;
+    float norm_eps;
+    int32_t rotated, interleaved;
 };
 }
 
@@ -141,6 +101,35 @@ struct Kernel {
 
     const T* values(int block, int head) const {
         return static_cast<const T*>(s.value_cache) + (int64_t(block) * s.kv_heads + head) * value_block;
+    }
+
+    // One head of a query or key, in float32.
+    void turn(T* head, const float* norm, int position) const {
+        float x[MOST_DIM];
+        for (int d = 0; d < s.key_dim; d++) x[d] = to_float(head[d]);
+        if (norm) {
+            float squares = 0;
+#pragma omp simd reduction(+ : squares)
+            for (int d = 0; d < s.key_dim; d++) squares += x[d] * x[d];
+            const float factor = 1 / std::sqrt(squares / s.key_dim + s.norm_eps);
+            for (int d = 0; d < s.key_dim; d++) x[d] *= factor * norm[d];
+        }
+        const int half = s.rotated / 2, step = s.interleaved ? 2 : 1, apart = s.interleaved ? 1 : half;
+        const float *cosines = s.cos_sin + int64_t(position) * s.rotated, *sines = cosines + half;
+        for (int d = 0; d < half; d++) {
+            const float first = x[d * step], second = x[d * step + apart];
+            x[d * step] = first * cosines[d] - second * sines[d];
+            x[d * step + apart] = second * cosines[d] + first * sines[d];
+        }
+        for (int d = 0; d < s.key_dim; d++) store(head + d, x[d]);
+    }
+
+    void prepare(int token, int position) const {
+        if (!s.cos_sin && !s.query_norm) return;
+        for (int head = 0; head < s.heads; head++)
+            turn(static_cast<T*>(s.query) + token * s.query_strides[0] + head * s.query_strides[1], s.query_norm, position);
+        for (int head = 0; head < s.kv_heads; head++)
+            turn(static_cast<T*>(s.key) + token * s.key_strides[0] + head * s.key_strides[1], s.key_norm, position);
     }
 
     void write(int token) const {
@@ -411,7 +400,11 @@ void run(const Step& s) {
     {
         Scratch scratch(s, rows);
 #pragma omp for schedule(static)
-        for (int token = 0; token < s.tokens; token++) kernel.write(token);
+        for (int token = 0; token < s.tokens; token++) {
+            const int row = int(std::upper_bound(s.offsets, s.offsets + s.rows, token) - s.offsets) - 1;
+            kernel.prepare(token, s.starts[row] + token - s.offsets[row]);
+            kernel.write(token);
+        }
         if (parts == 1) {
             std::vector<float> own(int64_t(rows) * s.value_dim), own_most(rows), own_sum(rows);
 #pragma omp for schedule(dynamic)

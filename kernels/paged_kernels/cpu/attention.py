@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from paged_kernels.attention import AttentionBatch, LayerCache, LayerSpec, ReferenceAttention, _zeros
 from paged_kernels.cpu import library
+from paged_kernels.rope import Rope
 
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
@@ -23,8 +25,10 @@ class _Step(ctypes.Structure):
         *((name, _INT64 * 2) for name in ("query_strides", "key_strides", "value_strides")),
         *((name, _INT32) for name in ("rows", "tokens", "table_width", "threads")),
         *((name, _INT32) for name in ("heads", "kv_heads", "key_dim", "value_dim", "block_size", "window", "chunk")),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        *((name, _POINTER) for name in ("query_norm", "key_norm", "cos_sin")),
+        ("norm_eps", ctypes.c_float),
+        *((name, _INT32) for name in ("rotated", "interleaved")),
     )
 
 
@@ -38,6 +42,12 @@ class CpuAttention:
     def __init__(self, variant: str | None = None) -> None:
         """`variant` is one of `library.VARIANTS`; the best for this CPU unless given."""
         self._reference, self._library = ReferenceAttention(), library.load(variant)
+
+    def layer_kernels(self, dtype: torch.dtype) -> ModuleType | None:
+        """What fused models take for all but attention; None where there is nothing for this dtype."""
+        from paged_kernels.cpu import layers
+
+        return layers if self._library is not None and dtype in (torch.float32, torch.bfloat16) else None
 
     def allocate(
         self, spec: LayerSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
@@ -57,6 +67,7 @@ class CpuAttention:
             and device.type == "cpu"
             and dtype in (torch.float32, torch.bfloat16)
             and spec.key_dim % 16 == spec.value_dim % 16 == 0
+            and spec.key_dim <= 512
             and block_size in (16, 32, 64, 128)
         )
 
@@ -73,6 +84,39 @@ class CpuAttention:
         """See `AttentionBackend.forward`."""
         if cache.key.dim() == 4:  # the reference's
             return self._reference.forward(spec, cache, query, key, value, sinks, batch)
+        return self._forward(spec, cache, query, key, value, sinks, batch, None, None, None, 0.0)
+
+    def rotate_and_attend(
+        self,
+        spec: LayerSpec,
+        cache: LayerCache,
+        qkv: Tensor,
+        sinks: Tensor | None,
+        batch: AttentionBatch,
+        rope: Rope | None,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        norm_eps: float,
+    ) -> Tensor:
+        """`[num_tokens, num_heads * value_dim]`, after `rope_and_write_reference` has turned `qkv`, in place."""
+        heads = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
+        query, key, value = torch.split(qkv.view(len(qkv), sum(heads), -1), heads, 1)
+        return self._forward(spec, cache, query, key, value, sinks, batch, rope, q_norm, k_norm, norm_eps).flatten(1)
+
+    def _forward(
+        self,
+        spec: LayerSpec,
+        cache: LayerCache,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        batch: AttentionBatch,
+        rope: Rope | None,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        norm_eps: float,
+    ) -> Tensor:
         assert self._library is not None
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         out = query.new_empty(query.shape[0], spec.num_heads, spec.value_dim)
@@ -86,9 +130,12 @@ class CpuAttention:
         step.block_size = cache.key.shape[3]
         step.window, step.chunk = spec.window or 0, spec.chunk or 0
         step.scale, step.softcap = spec.scale, spec.softcap or 0.0
-        if sinks is not None:
-            sinks = sinks.float().contiguous()
-        step.sinks = None if sinks is None else sinks.data_ptr()
+        # Kept until the call is over.
+        floats = [None if x is None else x.float().contiguous() for x in (sinks, q_norm, k_norm)]
+        step.sinks, step.query_norm, step.key_norm = (None if x is None else x.data_ptr() for x in floats)
+        step.cos_sin = None if rope is None else rope.cos_sin.data_ptr()
+        step.rotated, step.interleaved = (0, 0) if rope is None else (rope.cos_sin.shape[1], rope.interleaved)
+        step.norm_eps = norm_eps
         name = "paged_attention_float32" if query.dtype == torch.float32 else "paged_attention_bfloat16"
         getattr(self._library, name)(ctypes.byref(step))
         return out

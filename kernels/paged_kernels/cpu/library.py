@@ -21,7 +21,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
-SOURCE = _FOLDER / "attention.cpp"
+SOURCES = (_FOLDER / "attention.cpp", _FOLDER / "layers.cpp")
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "avx512_bf16": ("avx2", "fma", *_AVX512, "avx512_bf16"),
@@ -48,14 +48,16 @@ def build(folder: Path = _FOLDER, variants: Sequence[str] = tuple(VARIANTS), fla
 
 
 def _compile(compiler: str, variant: str, folder: Path, flags: Sequence[str]) -> Path:
-    library = folder / f"attention_{variant}.so"
+    library = folder / f"kernels_{variant}.so"
     instructions = [f"-m{name.replace('_', '')}" for name in VARIANTS[variant]]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        compiled, linked = Path(scratch, "attention.o"), Path(scratch, library.name)
+        linked = Path(scratch, library.name)
+        objects = {source: Path(scratch, f"{source.stem}.o") for source in SOURCES}
+        compile_ = [*compiler.split(), *_FLAGS, "-fopenmp", *instructions, *flags]
         # Linked without an OpenMP library: it shall use the one that torch has loaded, and that one's threads.
         for command in (
-            [*compiler.split(), *_FLAGS, "-fopenmp", *instructions, *flags, "-c", str(SOURCE), "-o", str(compiled)],
-            [*compiler.split(), "-shared", *flags, str(compiled), "-o", str(linked)],
+            *([*compile_, "-c", str(source), "-o", str(compiled)] for source, compiled in objects.items()),
+            [*compiler.split(), "-shared", *flags, *map(str, objects.values()), "-o", str(linked)],
         ):
             try:
                 done = subprocess.run(command, capture_output=True, text=True)
@@ -72,11 +74,11 @@ def load(variant: str | None = None) -> ctypes.CDLL | None:
     """The library for `variant`, or the best for this CPU; None, with one warning, if there is none."""
     wanted = [variant] if variant else [name for name, needs in VARIANTS.items() if features().issuperset(needs)]
     for name in wanted:
-        path = _FOLDER / f"attention_{name}.so"
+        path = _FOLDER / f"kernels_{name}.so"
         if path.exists():
             return ctypes.CDLL(str(path))
     logger.warning(
-        "the CPU attention kernels are not built for this machine (%s); the slower PyTorch ones are used. "
+        "the CPU kernels are not built for this machine (%s); the slower PyTorch ones are used. "
         "`python -m paged_kernels.cpu.library` builds them, where there is a C++ compiler",
         ", ".join(wanted) or "it has no AVX2",
     )
