@@ -122,7 +122,8 @@ class FusedModel:
     def __init__(self, model: PreTrainedModel, layers: list[Layer], max_positions: int, kernels: ModuleType) -> None:
         """Rebuild a model whose attention is attached and probed as `layers`.
 
-        `kernels` is `paged_kernels.gpu.layers` or its counterpart for CPUs. Positions are below `max_positions`. Raises `NotFusable`, before or after packing: the model works either way.
+        `kernels` is `paged_kernels.gpu.layers` or its counterpart for CPUs. Positions are below `max_positions`. Raises
+        `NotFusable`, before or after packing: the model works either way.
         """
         self._kernels, self.linears = kernels, kernels.Linears(model.device)
         decoder, head = model.get_decoder(), model.get_output_embeddings()
@@ -149,15 +150,23 @@ class FusedModel:
             _fuse(block, layer.spec, model.dtype, eps, self._copies)
             for block, layer in zip(blocks, layers, strict=True)
         ]
+        self._parameters = list(model.parameters())
+        self._version = sum(parameter._version for parameter in self._parameters)
         self._observe(model, blocks, multiplier, max_positions)
         if model.device.type == "cuda":
             self.linears.own = True  # not before: they would be compiled one by one
             torch.cuda.empty_cache()  # of the parameters before packing
 
     def refresh(self) -> None:
-        """Take over weights that have changed where copies of them are kept: norms that multiply with 1 + weight."""
+        """Take over weights that have changed where copies of them are kept: norms that multiply with 1 + weight, and
+        what linear layers have packed.
+        """
         for copy, weight in self._copies:
             copy.copy_(weight).add_(1)
+        version = sum(parameter._version for parameter in self._parameters)
+        if version != self._version:
+            self._version = version
+            self.linears.forget()
 
     @property
     def has_static_shapes(self) -> bool:

@@ -56,8 +56,12 @@ def make_model(
     """The model over a paged cache. Raises `UnsupportedModel` where that cannot be."""
     paged = PagedModel(model, backend)
     try:
-        layer_kernels = getattr(backend, "layer_kernels", lambda dtype: None)(paged.dtype)
-        if config.fuse and layer_kernels is not None:
+        layer_kernels = None
+        if config.fuse and hasattr(backend, "layer_kernels"):
+            layer_kernels = backend.layer_kernels(
+                [layer.spec for layer in paged.layers], config.block_size, paged.dtype
+            )
+        if layer_kernels is not None:
             _fuse(paged, config.block_size, max_positions, layer_kernels)
         if paged.fused is None:
             verify(paged, config.block_size)

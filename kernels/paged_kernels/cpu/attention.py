@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
@@ -43,11 +44,12 @@ class CpuAttention:
         """`variant` is one of `library.VARIANTS`; the best for this CPU unless given."""
         self._reference, self._library = ReferenceAttention(), library.load(variant)
 
-    def layer_kernels(self, dtype: torch.dtype) -> ModuleType | None:
-        """What fused models take for all but attention; None where there is nothing for this dtype."""
+    def layer_kernels(self, specs: Sequence[LayerSpec], block_size: int, dtype: torch.dtype) -> ModuleType | None:
+        """What fused models take for all but attention; None if the kernels do not support a layer."""
         from paged_kernels.cpu import layers
 
-        return layers if self._library is not None and dtype in (torch.float32, torch.bfloat16) else None
+        supported = all(self._supports(spec, block_size, dtype, torch.device("cpu")) for spec in specs)
+        return layers if supported else None
 
     def allocate(
         self, spec: LayerSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device

@@ -16,13 +16,13 @@ _FEW = 32  # rows that packing is made for; more use the same packed weights
 
 
 class Linears:
-    """Linear layers. In bfloat16, oneDNN gets the weights in the layout it likes: copies, made at the first use."""
+    """Linear layers. In bfloat16, oneDNN gets the weights in the layout it likes: copies, made at their first use."""
 
     def __init__(self, device: torch.device) -> None:
         self.own = False
         """There is no other way to compute one row."""
-        self._packed: dict[int, tuple[int, Tensor]] = {}
-        """By address of the weight: its version then, and the copy."""
+        self._packed: dict[int, Tensor] = {}
+        """By address of the weight."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """As `F.linear`."""
@@ -32,11 +32,14 @@ class Linears:
         return out
 
     def _pack(self, weight: Tensor) -> Tensor:
-        version, packed = self._packed.get(weight.data_ptr(), (-1, weight))
-        if version != weight._version:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, _FEW)
-            self._packed[weight.data_ptr()] = weight._version, packed
+        packed = self._packed.get(weight.data_ptr())
+        if packed is None:
+            packed = self._packed[weight.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight, _FEW)
         return packed
+
+    def forget(self) -> None:
+        """Weights have changed: pack them anew."""
+        self._packed.clear()
 
     def gate_up(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Literal["silu", "gelu_tanh", "gelu"]

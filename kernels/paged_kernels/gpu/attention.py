@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
@@ -28,7 +29,7 @@ class TritonAttention:
     def __init__(self) -> None:
         self._reference = ReferenceAttention()
 
-    def layer_kernels(self, dtype: torch.dtype) -> ModuleType:
+    def layer_kernels(self, specs: Sequence[LayerSpec], block_size: int, dtype: torch.dtype) -> ModuleType:
         """What fused models take for all but attention."""
         from paged_kernels.gpu import layers
 

@@ -36,6 +36,9 @@ class Linears:
             return few_rows_linear(x, weight, bias, self._counters)
         return F.linear(x, weight, bias)
 
+    def forget(self) -> None:
+        """Weights have changed; nothing is kept of them."""
+
     def gate_up(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Literal["silu", "gelu_tanh", "gelu"]
     ) -> Tensor:
