@@ -208,6 +208,7 @@ class FusedModel:
                 added = self._linear(attended, layer.out)
                 normed = kernels.add_norm(added, residual, layer.mlp_norm, self._eps, layer.attention_norm)
                 update, update_norm = self._feed_forward(layer.mlp, normed), layer.mlp_out_norm
+        logits: Tensor
         if one and update is None:
             logits = kernels.norm_linear(residual, *self._head, self._norm, self._eps)
         else:
