@@ -17,8 +17,9 @@ from triton_server_model.protocol_table import NAMES, OUTPUTS, Name, WireOptions
 _NAMES = {name.name: name for name in NAMES}
 _PREFIXES = tuple(name.removesuffix("*") for name in _NAMES if name.endswith("*"))
 _PROMPTS = ("text_input", "prompt_token_ids", "messages")
-_JSON_LISTS = ("stop_token_ids", "allowed_token_ids")
+_ID_LISTS = ("stop_token_ids", "allowed_token_ids")
 _OBJECTS = ("logit_bias", "structured_outputs")
+_NOT_SCALAR = ("stop", "bad_words", *_ID_LISTS, *_OBJECTS)
 _GUIDES = {"json_schema": "json", "regex": "regex", "ebnf_grammar": "grammar"}
 
 
@@ -158,6 +159,8 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
                 raise InvalidArgument(key, value, f"not supported by this model{hint}")
             continue
         field = name.field or key
+        if value == "" and field in _NOT_SCALAR:
+            continue
         if field in fields:
             raise InvalidArgument(key, value, f"not together with {names[field]}, which means the same")
         names[field] = key
@@ -167,12 +170,10 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _coerced(field: str, value: Any) -> Any:
     """Lists and objects from the scalars that request parameters can be; pydantic does the rest."""
-    if field in ("stop", "bad_words") and value == "":
-        return ()
     if field in _OBJECTS and isinstance(value, str):
-        return _json(dict, field, value or "{}")
-    if field in _JSON_LISTS and type(value) in (str, int):
-        parsed = _json(list | int, field, value or "[]") if isinstance(value, str) else value
+        return _json(dict, field, value)
+    if field in _ID_LISTS and type(value) in (str, int):
+        parsed = _json(list | int, field, value) if isinstance(value, str) else value
         return (parsed,) if isinstance(parsed, int) else parsed
     return value
 
