@@ -111,6 +111,13 @@ class Client:
         (outputs,) = stream.responses
         return outputs
 
+    def refusal(self, text: str | bytes | None = None, **request: Any) -> str:
+        """The error of a request."""
+        stream = self.stream(text, **request)
+        stream.finish()
+        assert stream.error is not None
+        return stream.error
+
     def generate(self, body: dict[str, Any]) -> httpx.Response:
         return self.http.post(f"/v2/models/{MODEL_NAME}/generate", json=body)
 

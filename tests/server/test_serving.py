@@ -141,7 +141,7 @@ BAD = {
     "negative timeout": ({"sampling": {"timeout_ms": -1}}, "timeout_ms=-1: Input should be greater than or equal to 0"),
     "two names": (
         {"parameters": {"max_tokens": 3, "max_new_tokens": 3}},
-        "max_new_tokens=3: not together with max_tokens, which means the same",
+        "not together with max_",  # in any order: request parameters have none
     ),
     "more outputs than slots": ({"sampling": {"n": 17}}, "n=17: at most max_num_seqs=16"),
     "beams that sample": (
@@ -161,10 +161,7 @@ BAD = {
 
 @pytest.mark.parametrize(("request_", "message"), BAD.values(), ids=BAD)
 def test_bad_input_fails_alone(client: Client, request_: dict, message: str) -> None:
-    stream = client.stream(**{"text": "the fox"} | request_)
-    stream.finish()
-    assert stream.error is not None
-    assert message in stream.error
+    assert message in client.refusal(**{"text": "the fox"} | request_)
     assert client.stream("the fox", sampling=SHORT).finish()
 
 
