@@ -195,6 +195,16 @@ def test_beams_are_one_response(client: Client, engine: Engine) -> None:
     assert [parsed(response) for response in stream.responses] == [expected(engine, BEAMS)]
 
 
+def test_prompt_logprobs_come_once(client: Client, engine: Engine) -> None:
+    params = RANDOM | {"max_tokens": 60, "prompt_logprobs": 1}
+    stream = client.stream(PROMPT, sampling=params)
+    stream.finish()
+    first, *rest = [parsed(response)["prompt_logprobs"] for response in stream.responses]
+    assert first == expected(engine, params)["prompt_logprobs"]
+    assert rest == [[None]] * len(rest)
+    assert rest
+
+
 def test_logprobs_are_null_unless_asked_for(client: Client) -> None:
     assert client.ask(PROMPT, inputs={"return_logprobs": True})["logprobs"] == ["null"]
 

@@ -22,6 +22,7 @@ def test_many_streams_and_one_bad_request(client: Client, tiny_llama_dir: Path) 
     engine = Engine(EngineConfig(model=str(tiny_llama_dir), **ENGINE))
     params = [SamplingParams(max_tokens=length, temperature=0, ignore_eos=True) for length in lengths]
     expected = engine.generate(prompts, params)
+    client.settle()
     before = client.metric("output_tokens_total")
 
     streams = []
