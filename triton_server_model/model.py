@@ -17,11 +17,13 @@ from paged_backend.errors import InvalidArgument, PagedBackendError
 from triton_server_model.logs import TritonLog
 from triton_server_model.metric_families import is_wanted
 from triton_server_model.metrics import MetricsMirror
-from triton_server_model.protocol import INPUTS, OUTPUT, parse_request
+from triton_server_model.protocol import parse_request
+from triton_server_model.protocol_table import NAMES, OUTPUTS, declaration
 from triton_server_model.reply import Reply
 from triton_server_model.sender import Sender
 from triton_server_model.server_process import end_with_server, unloads_models
 from triton_server_model.tracing import Tracer
+from triton_server_model.unknown import UnknownParameters
 
 
 class TritonPythonModel:
@@ -29,10 +31,12 @@ class TritonPythonModel:
 
     @staticmethod
     def auto_complete_config(config: Any) -> Any:
-        """Declare the tensors of `protocol`, so that config.pbtxt need not."""
-        for tensor in INPUTS:
-            config.add_input(tensor)
-        config.add_output(OUTPUT)
+        """Declare the tensors of the protocol, so that config.pbtxt need not."""
+        for name in NAMES:
+            if name.tensor:
+                config.add_input(declaration(name))
+        for output in OUTPUTS:
+            config.add_output(declaration(output))
         config.set_max_batch_size(0)
         config.set_model_transaction_policy({"decoupled": True})
         return config
@@ -54,6 +58,7 @@ class TritonPythonModel:
         self._errors = Counter("paged_backend_error_responses", "Error responses, by code", ["code"], registry=own)
         for code in ("CANCELLED", "UNAVAILABLE", "INVALID_ARG", "INTERNAL"):
             self._errors.labels(code)
+        self._unknown = UnknownParameters(own)
 
         def collect() -> Iterator[Metric]:
             yield from self._engine.collect()
@@ -66,10 +71,12 @@ class TritonPythonModel:
         for request in requests:
             reply = Reply(request.get_response_sender(), request.request_id(), self._errors)
             try:
-                inputs = {tensor.name(): tensor.as_numpy().item() for tensor in request.inputs()}
-                generation = parse_request(inputs, json.loads(request.parameters() or "{}"))
+                inputs = {tensor.name(): tensor.as_numpy().tolist() for tensor in request.inputs()}
+                parameters = json.loads(request.parameters() or "{}")
+                generation = parse_request(inputs, parameters, request.timeout())
+                self._unknown.count(generation.unknown)
                 reply.begin(generation, self._tracer.follow(request, generation.params))
-                self._sender.submit(reply, generation.prompt, generation.params)
+                self._sender.submit(reply, generation.prompt, generation.params, generation.options)
             except Exception as error:
                 reply.fail(error)
 
