@@ -30,8 +30,8 @@ _CLOSE_SECONDS = 10
 _ORPHAN_SECONDS = 1
 """The same, when there is nobody left to answer."""
 _SWITCH_SECONDS = 0.0005
-"""How long one thread may keep the interpreter when another wants it. Each request that is taken in wants it a few times,
-and Python's 5 ms add up where hundreds arrive while the engine is busy; neither is the engine to wait for them."""
+"""How long one thread may keep the interpreter when another wants it. Each request that is taken in wants it a few
+times, and Python's 5 ms add up where hundreds arrive while the engine is busy; nor is the engine to wait for them."""
 
 
 class Worker:
@@ -90,6 +90,7 @@ class Worker:
                     output.error = _dead(engine.error) if output.error is engine.error else output.error
             self._outbox.put(outputs)
         if not closing:
+            self._collect()
             self._outbox.put(_dead(engine.error))
 
     def _read(self) -> None:
@@ -119,7 +120,7 @@ class Worker:
                     self._aborted += request_ids
                     self._state.notify()
             case Collect():
-                self._outbox.put(Families(list(self._engine.metrics.registry.collect())))
+                self._collect()
 
     def _accept(self, command: Submit) -> None:
         try:
@@ -131,6 +132,9 @@ class Worker:
                 self._state.notify()
         except Exception as error:  # a plugin's filter may raise anything
             self._outbox.put([failed(command.request_id, error)])
+
+    def _collect(self) -> None:
+        self._outbox.put(Families(list(self._engine.metrics.registry.collect())))
 
     def _write(self) -> None:
         packer = Packer()
