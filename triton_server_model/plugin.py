@@ -1,4 +1,4 @@
-"""Adds `serve`, `top` and `bench serving` to the `paged-backend` command line.
+"""Adds `serve`, `install-backend`, `top` and `bench serving` to the `paged-backend` command line.
 
 Imported at every start of it, so heavy imports are inside.
 """
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 @hookimpl
 def paged_cli_commands(app: typer.Typer) -> None:
-    """Add `paged-backend serve`, `paged-backend top` and `paged-backend bench serving`."""
+    """Add `paged-backend` commands `serve`, `install-backend`, `top` and `bench serving`."""
     from paged_backend.bench import commands as bench
     from triton_server_model.bench_commands import serving
 
     app.command()(serve)
+    app.command()(install_backend)
     app.command()(top)
     bench.app.command()(serving)
 
@@ -94,6 +95,24 @@ def serve(
                 time.sleep(0.5)
     except KeyboardInterrupt:
         console.print("stopped")
+
+
+def install_backend(
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            help="Triton's backends, such as /opt/tritonserver/backends.", exists=True, file_okay=False, writable=True
+        ),
+    ],
+    name: Annotated[
+        str, typer.Option(help="What model folders call it; vllm serves those of Triton's vLLM backend.")
+    ] = "paged",
+) -> None:
+    """Make this a backend of Triton's: its model folders need config.pbtxt and 1/engine.json, and no 1/model.py."""
+    from triton_server_model import launcher
+
+    folder = launcher.install_backend(directory, name)
+    typer.echo(f'installed {folder}\n  config.pbtxt of its models says  backend: "{name}"')
 
 
 def top(
