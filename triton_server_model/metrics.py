@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import socket
 import threading
 from typing import Any
 
@@ -19,7 +22,8 @@ class MetricsMirror:
     """Copies the metrics of `registry` to Triton's custom metrics, each with `labels` added.
 
     A histogram becomes the counters `_bucket`, `_sum` and `_count` that Prometheus stores it as. Everything happens on
-    one thread: two threads updating one Triton metric crash the whole server.
+    one thread of one process: two updating one Triton metric, or removing it from under the other, crash the whole
+    server. So a model that is loaded again over itself shows its metrics once the one before has ended.
     """
 
     def __init__(self, registry: CollectorRegistry, labels: dict[str, str]) -> None:
@@ -27,6 +31,7 @@ class MetricsMirror:
         self._families: dict[str, Any] = {}
         self._metrics: dict[tuple[str, ...], Any] = {}
         self._values: dict[tuple[str, ...], float] = {}
+        self._turn = Turn(f"{os.getppid()}/{'/'.join(labels.values())}")
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="paged-metrics", daemon=True)
         self._thread.start()
@@ -37,16 +42,19 @@ class MetricsMirror:
         self._thread.join()
         self._metrics.clear()  # before their families, or they stay on the port
         self._families.clear()
+        self._turn.end()
 
     def _run(self) -> None:
         closed = False
         while not closed:
             try:
-                self._copy()
+                if self._turn.begin():
+                    self._copy()
             except Exception:
                 logger.exception("metrics could not be copied; trying again")
             closed = self._closed.wait(_PERIOD_SECONDS)
-        self._copy()
+        if self._turn.begin():
+            self._copy()
 
     def _copy(self) -> None:
         for family in self._registry.collect():
@@ -70,3 +78,28 @@ class MetricsMirror:
         elif change:
             self._metrics[key].increment(change)
         self._values[key] = sample.value
+
+
+class Turn:
+    """What one process of this machine has at a time; the kernel ends it with the process."""
+
+    def __init__(self, name: str) -> None:
+        # An abstract address: no file is left behind. Containers may share a network, but not process ids too.
+        unique = hashlib.sha256(f"{os.readlink('/proc/self/ns/pid')}/{name}".encode()).hexdigest()
+        self._address = f"\0paged-backend-{unique}"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._bound = False
+
+    def begin(self) -> bool:
+        """Whether it is this process's turn."""
+        if not self._bound:
+            try:
+                self._socket.bind(self._address)
+            except OSError:
+                return False
+            self._bound = True
+        return True
+
+    def end(self) -> None:
+        """Let another have it."""
+        self._socket.close()
