@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,6 +20,9 @@ class InvalidArgument(PagedBackendError, ValueError):
         shown = shown if len(shown) <= 200 else f"{shown[:200]}... ({len(shown)} characters)"
         super().__init__(f"{field}={shown}: {allowed}")
         self.field, self.value, self.allowed = field, value, allowed
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, object, str]]:
+        return type(self), (self.field, self.value, self.allowed)
 
 
 class UnsupportedModel(PagedBackendError):
@@ -41,7 +44,7 @@ class EngineDead(PagedBackendError):
 class CheckedModel(BaseModel):
     """Immutable pydantic model whose validation errors are `InvalidArgument`, with a hint for misspelt fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     def __init__(self, /, **data: Any) -> None:
         try:

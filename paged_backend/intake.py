@@ -20,11 +20,12 @@ from paged_backend.errors import InvalidArgument
 from paged_backend.kv_cache import hashing
 from paged_backend.plugins.manager import PluginManager
 from paged_backend.request import Request, RequestOptions, SamplingParams
+from paged_backend.text.chat import Chat, chat_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Chat
 Spread = SamplingParams | Sequence[SamplingParams] | None
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -93,6 +94,8 @@ class Intake:
                 "end-of-sequence included",
             )
         salt = options.cache_salt
+        if params.prompt_logprobs is not None:
+            salt = secrets.token_hex(16)  # what is found in the cache has no logits
         if salt is None:
             salt = "" if self._config.enable_prefix_caching else secrets.token_hex(16)
         now = time.monotonic()
@@ -109,6 +112,7 @@ class Intake:
             hash_root=hashing.root(salt),
             steered=params.beam_width > 1,
             bad_words=self._bad_words(params.bad_words),
+            prompt_logprobs=None if params.prompt_logprobs is None else [[] for _ in token_ids],
             arrival_time=now,
         )
         for name, timeout in (
@@ -132,16 +136,18 @@ class Intake:
         return tuple({tuple(tokens) for tokens in ids if tokens})
 
     def _tokenise(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
+        if isinstance(prompt, str | Chat):
             if self.tokenizer is None:
                 raise InvalidArgument("prompt", prompt, "this engine has no tokenizer; send token ids")
+            text = prompt if isinstance(prompt, str) else chat_text(self.tokenizer, prompt)
             try:
-                prompt.encode()
+                text.encode()
             except UnicodeEncodeError as error:
                 raise InvalidArgument(
                     "prompt", prompt, f"must be valid Unicode: {error.reason} at {error.start}"
                 ) from None
-            token_ids: list[int] = self.tokenizer(prompt).input_ids
+            # A chat template writes the special tokens itself.
+            token_ids: list[int] = self.tokenizer(text, add_special_tokens=isinstance(prompt, str)).input_ids
         else:
             try:
                 token_ids = list(map(operator.index, prompt))
@@ -167,6 +173,7 @@ def sibling(request: Request, index: int) -> Request:
     return dataclasses.replace(
         request,
         index=index,
+        prompt_logprobs=None,  # the first one has them
         token_ids=list(request.token_ids),
         block_hashes=list(request.block_hashes),
         seed=(request.seed + index * _GOLDEN) % 2**63,

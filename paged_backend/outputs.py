@@ -29,6 +29,7 @@ def output_of(request: Request, token_ids: list[int], text: str, *, finished: bo
         num_cached_tokens=request.num_cached_tokens or 0,
         cumulative_logprob=request.cumulative_logprob,
         arrival_time=request.arrival_time,
+        scheduled_time=request.scheduled_time,
         first_token_time=request.first_token_time,
         end_time=request.end_time,
     )
@@ -60,6 +61,7 @@ class Whole:
         self._parts: dict[int, tuple[list[str], list[int], list[list[Logprob]]]] = {}
         """Texts, tokens and log-probabilities, by sample."""
         self._last: dict[int, RequestOutput] = {}
+        self._prompt_logprobs: list[list[Logprob]] | None = None
 
     def append(self, part: RequestOutput) -> None:
         """The next output."""
@@ -68,6 +70,7 @@ class Whole:
         token_ids += part.token_ids
         logprobs += part.logprobs or []
         self._last[part.index] = part
+        self._prompt_logprobs = self._prompt_logprobs or part.prompt_logprobs
         self.finished = part.finished
 
     def joined(self) -> RequestOutput:
@@ -78,6 +81,7 @@ class Whole:
                 text="".join(texts),
                 token_ids=token_ids,
                 logprobs=logprobs or None,
+                prompt_logprobs=self._prompt_logprobs,
                 finished=True,
             )
             for index, (texts, token_ids, logprobs) in sorted(self._parts.items())

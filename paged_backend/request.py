@@ -7,14 +7,16 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from paged_backend.errors import CheckedModel, InvalidArgument
 from paged_backend.kv_cache import hashing
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -27,7 +29,7 @@ StopStrings = Annotated[
 
 _NOT_OF_BEAMS = (
     *("temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty"),
-    *("repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "logprobs"),
+    *("repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "logprobs", "prompt_logprobs"),
 )
 
 
@@ -65,6 +67,8 @@ class SamplingParams(CheckedModel):
     logprobs: int | None = Field(None, ge=0, le=20)
     """Give the log-probability of each token, and those of the so many likeliest in its place. Of the model itself:
     before temperature, penalties, bias and masks."""
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
+    """Give them for each token of the prompt, too. Nothing of it is then taken from the prefix cache, or left there."""
     seed: int | None = Field(None, ge=0, lt=2**63)
     """Equal seeds repeat equal tokens, whatever else runs. None draws a fresh one."""
     stop: StopStrings = Field((), max_length=64)
@@ -200,11 +204,14 @@ class Request:
     num_preemptions: int = 0
     scheduled_time: float | None = None
     first_token_time: float | None = None
+    last_token_time: float = 0.0
     end_time: float | None = None
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     cumulative_logprob: float | None = None
     """Of the output so far, if `logprobs` were asked for."""
+    prompt_logprobs: list[list[Logprob]] | None = None
+    """Of each token of the prompt, as far as it is computed; None unless asked for."""
 
     @property
     def runs_alone(self) -> bool:
@@ -278,9 +285,13 @@ class RequestOutput:
     """For each of `token_ids`: the token itself, then the likeliest in its place, as many as `SamplingParams.logprobs`
     says, in order. None unless asked for."""
     cumulative_logprob: float | None = None
-    """Sum over all tokens of this output so far. None unless `logprobs` were asked for."""
+    """Sum over all tokens of this output so far. None unless `logprobs` were asked for, or it is a beam."""
+    prompt_logprobs: list[list[Logprob]] | None = None
+    """As `logprobs`, for each token of the prompt, [] for the first; with the first token. None unless asked for."""
     arrival_time: float = 0.0
     """`time.monotonic()` seconds."""
+    scheduled_time: float | None = None
+    """When it got its first slot."""
     first_token_time: float | None = None
     end_time: float | None = None
     samples: tuple[RequestOutput, ...] = ()

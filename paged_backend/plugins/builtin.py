@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from paged_backend.simulate.router import Router
 
 NAMES = {
-    "paged_attention_backend": ("reference", "triton"),
+    "paged_attention_backend": ("reference", "cpu", "triton"),
     "paged_scheduling_policy": ("fcfs", "priority", "shortest-remaining", "fair-share"),
     "paged_preemption_policy": ("auto", "swap", "recompute"),
     "paged_eviction_policy": ("lru",),
@@ -39,12 +39,16 @@ def paged_load_model(config: EngineConfig) -> LoadedModel:
 
 @hookimpl(trylast=True)
 def paged_attention_backend(name: str, config: EngineConfig) -> AttentionBackend | None:
-    """ "reference" and "triton"."""
+    """ "reference", "cpu" and "triton"."""
     match name:
         case "reference":
             from paged_kernels.attention import ReferenceAttention
 
             return ReferenceAttention()
+        case "cpu":
+            from paged_kernels.cpu.attention import CpuAttention
+
+            return CpuAttention()
         case "triton":
             from paged_kernels.gpu.attention import TritonAttention
 

@@ -29,9 +29,10 @@ from paged_backend.kv_cache.block_tables import BlockTables
 from paged_backend.kv_cache.swap import SwapSpace
 from paged_backend.request import Request
 from paged_backend.runner.device_state import DeviceState
-from paged_backend.runner.logprobs import Logprobs
+from paged_backend.runner.logprobs import Logprobs, asked
 from paged_backend.runner.model import PagedModel
-from paged_backend.runner.runner import Got, Launched, ModelRunner
+from paged_backend.runner.runner import Got, Launched, ModelRunner, Score
+from paged_backend.runner.scored_prompts import ScoredPrompts
 from paged_backend.runner.step import StepInputs
 from paged_backend.scheduler.plan import StepPlan
 
@@ -50,13 +51,21 @@ class _Enqueued:
     """`[rows]` int32 on the host, written when `done`."""
     done: torch.cuda.Event | None
     logprobs: Logprobs | None = None
+    prompts: ScoredPrompts | None = None
 
     def wait(self) -> list[Got]:
         """See `Launched`."""
         if self.done is not None:
             self.done.synchronize()
         tokens: list[Got] = self.tokens.tolist()
-        return tokens if self.logprobs is None else [*self.logprobs.add_to(self.tokens.tolist())]
+        if self.logprobs is not None:
+            for row, sampled in self.logprobs.of(self.tokens.tolist()).items():
+                tokens[row] = sampled
+        return tokens
+
+    def scores(self) -> list[Score]:
+        """See `Launched`."""
+        return [] if self.prompts is None else self.prompts.scores()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +128,8 @@ class DeviceRunner(ModelRunner):
         self._prefixes_of: bytes | None = None
         self._prefixes: list[tuple[npt.NDArray[np.int64], int]] = []
         """What `find_prefixes` found in the slots `_prefixes_of`."""
-        # Three numbers a token, two a tile of queries, some for each row, and what changed.
-        room = 3 * max_num_tokens + 2 * (max_num_tokens * spec.group // ROWS) + 16 * num_slots + 8192
+        # Three numbers a token, and for scored ones three more, two a tile of queries, some for each row, and changes.
+        room = 6 * max_num_tokens + 2 * (max_num_tokens * spec.group // ROWS) + 16 * num_slots + 8192
         self._inbox = torch.zeros(room, dtype=torch.int32, device=self.device)
         self._sent = [torch.zeros(room, dtype=torch.int32, pin_memory=self._on_cuda) for _ in range(_RING)]
         self._tokens = torch.zeros(num_slots, dtype=torch.int32, device=self.device)
@@ -149,14 +158,15 @@ class DeviceRunner(ModelRunner):
         self._behind[plan.slots[plan.samples]] = True
         self._turn = (self._turn + 1) % _RING
         is_decode = plan.samples.all() and plan.counts[-1] == 1
-        logprobs = self._decode(plan) if is_decode else self._mixed(plan)
+        prompts = ScoredPrompts(plan)
+        logprobs = self._decode(plan) if is_decode else self._mixed(plan, prompts)
         tokens = self._received[self._turn][: len(plan.sampling)]
         tokens.copy_(self._tokens[: len(tokens)], non_blocking=True)
         done = None
         if self._on_cuda:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        return _Enqueued(tokens, done, logprobs)
+        return _Enqueued(tokens, done, logprobs, prompts)
 
     def prefers_whole(self, num_tokens: int) -> bool:
         """See `ModelRunner`."""
@@ -231,7 +241,7 @@ class DeviceRunner(ModelRunner):
             self._sample(logits, slots, next_positions)
         return logits
 
-    def _mixed(self, plan: StepPlan) -> Logprobs | None:
+    def _mixed(self, plan: StepPlan, scored: ScoredPrompts) -> Logprobs | None:
         """A step with chunks of prompts in it, or with more than a graph has room for."""
         starts, counts, slots, samples = plan.starts, plan.counts, plan.slots, plan.samples
         ends = np.cumsum(counts)
@@ -242,12 +252,18 @@ class DeviceRunner(ModelRunner):
         ids = self.state.tokens[token_slots, positions]
         ids[:singles][samples[:singles]] = -1  # perhaps sampled by the step before
         sections: list[_Array] = [ids, token_slots, positions]
-        sections += [(ends - 1)[samples], slots[samples], (starts + counts)[samples], (starts + counts - 1)[samples]]
+        next_positions = (starts + counts)[samples]
+        sections += [
+            np.concatenate([(ends - 1)[samples], scored.places]),
+            np.concatenate([slots[samples], scored.slots]),
+            np.concatenate([next_positions - 1, scored.positions]),
+            next_positions,
+        ]
         prompts, chunks_at = self._whole_prompts(plan, offsets, singles)
         chunked = slots[chunks_at], starts[chunks_at], counts[chunks_at], offsets[chunks_at]
         sections += [*chunked, *plan_tiles(chunked[1], chunked[2], self._group)]
         received = self._send(sections, slots)
-        device_ids, device_slots, device_positions, at, sampled_slots, next_positions, sampled_positions = received[:7]
+        device_ids, device_slots, device_positions, at, sampled_slots, sampled_positions, positions_then = received[:7]
         decodes = chunks = None
         if singles:
             decodes = DecodeRows(device_slots[:singles], device_positions[:singles], self._counters)
@@ -258,11 +274,13 @@ class DeviceRunner(ModelRunner):
         inputs.sampled = DecodeRows(sampled_slots, sampled_positions, self._counters)
         inputs.sampled_at = at.long()
         logits = self.paged_model.compute(inputs)
-        if not len(logits):
+        rows = len(next_positions)
+        scored.look_up(logits[rows:])
+        if not rows:
             return None
         if self._is_edited(plan):
-            return self._edit_and_sample(plan, logits, sampled_slots, next_positions)
-        self._sample(logits, sampled_slots, next_positions)
+            return self._edit_and_sample(plan, logits[:rows], sampled_slots[:rows], positions_then)
+        self._sample(logits[:rows], sampled_slots[:rows], positions_then)
         return None
 
     def _whole_prompts(
@@ -307,7 +325,7 @@ class DeviceRunner(ModelRunner):
 
     def _edit_and_sample(self, plan: StepPlan, logits: Tensor, slots: Tensor, positions: Tensor) -> Logprobs:
         """`slots` and `positions` are of the rows of `logits`, which may be more than those of the plan."""
-        logprobs = Logprobs(logits, plan.sampling)
+        logprobs = Logprobs(logits, asked(plan.sampling))
         host_slots, host_positions = plan.slots[plan.samples], (plan.starts + plan.counts)[plan.samples]
         self._edits.apply(logits, plan.sampling, host_slots, host_positions, slots)
         self._sample(logits, slots, positions)

@@ -1,8 +1,8 @@
-"""Log-probabilities of the tokens chosen, and of the likeliest, for requests that ask for them."""
+"""Log-probabilities of chosen tokens, and of the likeliest ones."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,18 +23,24 @@ class Sampled:
     """As many token ids and log-probabilities as were asked for, the likeliest first."""
 
 
-class Logprobs:
-    """Of one step's rows whose requests ask for them, by the logits as the model gave them."""
+def asked(requests: Sequence[Request]) -> dict[int, int]:
+    """How many of the likeliest tokens, by row, for the rows of requests that ask for log-probabilities."""
+    return {row: request.params.logprobs for row, request in enumerate(requests) if request.params.logprobs is not None}
 
-    def __init__(self, logits: Tensor, requests: Sequence[Request]) -> None:
-        """Row i of `logits` `[rows, vocab]` is of `requests[i]`; they may be changed afterwards."""
-        asked = {row: request.params.logprobs for row, request in enumerate(requests)}
-        self._asked = {row: count for row, count in asked.items() if count is not None}
-        if self._asked:
-            self._rows = torch.tensor(list(self._asked), device=logits.device)
+
+class Logprobs:
+    """Of some rows of logits."""
+
+    def __init__(self, logits: Tensor, asked: Mapping[int, int]) -> None:
+        """`asked` says for which rows of `logits` `[rows, vocab]`, and how many of the likeliest tokens.
+
+        The logits may be changed afterwards.
+        """
+        self._asked = asked
+        if asked:
+            self._rows = torch.tensor(list(asked), device=logits.device)
             self._all = logits[self._rows].float().log_softmax(-1)
-            most = max(self._asked.values())
-            self._likeliest = self._all.topk(min(most, logits.shape[1]))
+            self._likeliest = self._all.topk(min(max(asked.values()), logits.shape[1]))
 
     def look_up(self, tokens: Tensor) -> None:
         """`tokens` `[rows]` were chosen. Does not wait for them."""
@@ -52,16 +58,16 @@ class Logprobs:
             self._done.record()
         del self._all, self._likeliest
 
-    def add_to(self, tokens: list[int]) -> list[int | Sampled]:
-        """The tokens of all rows, with what was asked for, once the device has it."""
-        told: list[int | Sampled] = list(tokens)
+    def of(self, tokens: list[int]) -> dict[int, Sampled]:
+        """By row, once the device has them; but for rows that got no token."""
         if not self._asked:
-            return told
+            return {}
         if self._done is not None:
             self._done.synchronize()
+        found = {}
         for (row, count), (logprob, rank, *likeliest) in zip(self._asked.items(), self._packed.tolist(), strict=True):
             half = len(likeliest) // 2
-            pairs = list(zip(map(int, likeliest[:half]), likeliest[half:], strict=True))
+            pairs = zip(map(int, likeliest[:count]), likeliest[half : half + count], strict=True)
             if tokens[row] >= 0:
-                told[row] = Sampled(tokens[row], logprob, int(rank), pairs[:count])
-        return told
+                found[row] = Sampled(tokens[row], logprob, int(rank), list(pairs))
+        return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -19,12 +19,15 @@ from paged_backend.kv_cache.swap import SwapSpace
 from paged_backend.request import Request
 from paged_backend.runner.batch import BatchState
 from paged_backend.runner.edits import LogitsEdits
-from paged_backend.runner.logprobs import Logprobs, Sampled
+from paged_backend.runner.logprobs import Logprobs, Sampled, asked
 from paged_backend.runner.model import PagedModel
 from paged_backend.runner.sampling import LogitsProcessor, Sampler
+from paged_backend.runner.scored_prompts import ScoredPrompts
 from paged_backend.scheduler.plan import StepPlan
 
 Got = int | Sampled | Candidates
+Score = tuple[Request, int, Sampled]
+"""Of a request, the position of a token of its prompt, and how likely that was."""
 
 
 class Launched(Protocol):
@@ -38,16 +41,25 @@ class Launched(Protocol):
         """
         ...
 
+    def scores(self) -> list[Score]:
+        """What tokens of prompts got that `plan.scoring` is about, after `wait`."""
+        ...
+
 
 @dataclass(slots=True)
 class _Computed:
     """A step that has run."""
 
     tokens: list[Got]
+    scored: list[Score] = field(default_factory=list)
 
     def wait(self) -> list[Got]:
         """See `Launched`."""
         return self.tokens
+
+    def scores(self) -> list[Score]:
+        """See `Launched`."""
+        return self.scored
 
 
 class ModelRunner:
@@ -96,10 +108,12 @@ class ModelRunner:
     def _compute(self, plan: StepPlan) -> Launched:
         flat = self.state.flatten(plan, self.tables.array, self.tables.block_size)
         logits = self.paged_model.forward(flat, plan.starts.tolist(), plan.counts.tolist())
-        requests = plan.sampling
+        requests, prompts = plan.sampling, ScoredPrompts(plan)
+        prompts.look_up(logits[len(requests) :])
         if not requests:
-            return _Computed([])
-        logprobs = Logprobs(logits, requests)
+            return _Computed([], prompts.scores())
+        logits = logits[: len(requests)]
+        logprobs = Logprobs(logits, asked(requests))
         for processor in self._logits_processors:
             processor(logits, requests)
         slots = plan.slots[plan.samples]
@@ -117,11 +131,12 @@ class ModelRunner:
         on_device = torch.from_numpy(tokens.astype(np.int32)).to(logits.device)
         self._edits.count(on_device, device_slots)
         logprobs.look_up(on_device)
-        chosen: list[Got] = [*logprobs.add_to(tokens.tolist())]
-        for row, found in candidates.items():
+        chosen: list[Got] = tokens.tolist()
+        instead: dict[int, Got] = {**logprobs.of(tokens.tolist()), **candidates}
+        for row, got in instead.items():
             if finite[row]:
-                chosen[row] = found
-        return _Computed(chosen)
+                chosen[row] = got
+        return _Computed(chosen, prompts.scores())
 
     def _draw(
         self, logits: Tensor, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from paged_backend import Engine, EngineConfig, InvalidArgument, RequestOutput, SamplingParams
+from paged_backend.scheduler import scheduler
 from tests.tiny import build
 
 pytest.importorskip("triton")
@@ -19,7 +20,7 @@ from paged_kernels.gpu import decode_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS = [[5, 6, 7, 5], [9], list(range(30, 50))]
-LENGTH = 12
+LENGTH = 8
 
 
 @pytest.fixture(params=["reference", "triton"])
@@ -93,7 +94,7 @@ def test_penalties(engine: Engine, fields: dict[str, float]) -> None:
 
 
 def test_penalties_survive_preemption_and_slots_change_hands(make: Callable[..., Engine]) -> None:
-    engine = make(num_blocks=11)
+    engine = make(num_blocks=9)
     fields = {"presence": 0.8, "frequency": 0.3, "repetition": 1.3}
     want = [by_hand(engine, prompt, penalties(**fields)) for prompt in PROMPTS]
     plain = [by_hand(engine, prompt, penalties()) for prompt in PROMPTS]
@@ -175,6 +176,29 @@ def test_logprobs_are_of_the_models_own_logits(engine: Engine, fields: dict[str,
             assert own.text == engine.tokenizer.decode([token])
             total += own.logprob
         assert output.cumulative_logprob == pytest.approx(total)
+
+
+@pytest.mark.parametrize("num_blocks", [100, 9])
+def test_logprobs_of_prompts(make: Callable[..., Engine], num_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks, beside others, and though what they compute is lost on the way."""
+    monkeypatch.setattr(scheduler, "_MOST_SCORED", 5)
+    engine = make(num_blocks)
+    engine._scheduler._prefers_whole = lambda num_tokens: True
+    outputs = ask(engine, [*PROMPTS, PROMPTS[2]], prompt_logprobs=2)
+    plain = ask(engine)
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in [*plain, plain[2]]]
+    for prompt, output in zip([*PROMPTS, PROMPTS[2]], outputs, strict=True):
+        assert output.prompt_logprobs is not None
+        assert output.logprobs is None
+        assert output.num_cached_tokens == 0
+        first, *rest = output.prompt_logprobs
+        assert first == []
+        for at, (own, *likeliest) in enumerate(rest, start=1):
+            want = own_logits(engine, prompt[:at]).log_softmax(-1)
+            assert own.token_id == prompt[at]
+            assert own.logprob == pytest.approx(float(want[prompt[at]]), abs=1e-4)
+            assert [found.token_id for found in likeliest] == want.topk(2).indices.tolist()
+    assert (engine.stats().preemptions > 0) == (num_blocks == 9)
 
 
 def test_logprobs_only_for_those_who_ask(engine: Engine) -> None:
