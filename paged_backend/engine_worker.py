@@ -101,6 +101,7 @@ class Worker:
                     output.error = _dead(engine.error) if output.error is engine.error else output.error
             self._outbox.put(outputs)
         if not closing:
+            self._collect()
             self._outbox.put(_dead(engine.error))
 
     def _read(self) -> None:
@@ -130,7 +131,7 @@ class Worker:
                     self._aborted += request_ids
                     self._state.notify()
             case Collect():
-                self._outbox.put(Families(list(self._engine.metrics.registry.collect())))
+                self._collect()
 
     def _accept(self, command: Submit) -> None:
         try:
@@ -142,6 +143,9 @@ class Worker:
                 self._state.notify()
         except Exception as error:  # a plugin's filter may raise anything
             self._outbox.put([failed(command.request_id, error)])
+
+    def _collect(self) -> None:
+        self._outbox.put(Families(list(self._engine.metrics.registry.collect())))
 
     def _write(self) -> None:
         packer = Packer()
