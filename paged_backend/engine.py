@@ -13,18 +13,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from paged_backend.beam import BeamSearch, Candidates
+from paged_backend.beam import BeamSearch
 from paged_backend.config import EngineConfig
 from paged_backend.errors import DeadlineExceeded, EngineDead, InvalidArgument, Overloaded
 from paged_backend.intake import Intake, Prompt, Spread, sibling, spread
 from paged_backend.interrupts import HeldBack
 from paged_backend.metrics import Metrics
-from paged_backend.outputs import Whole, output_of
+from paged_backend.outputs import Whole, as_logprobs, output_of
 from paged_backend.plugins.manager import PluginManager
 from paged_backend.request import FinishReason, Request, RequestOptions, RequestOutput, SamplingParams
 from paged_backend.runner.cache import make_cache
 from paged_backend.runner.loader import LoadedModel, context_length, eos_token_ids
-from paged_backend.runner.runner import Launched
+from paged_backend.runner.logprobs import Sampled
+from paged_backend.runner.runner import Got, Launched
 from paged_backend.runner.setup import default_backend, make_model, make_runner, on_device, with_defaults_of
 from paged_backend.scheduler.plan import StepPlan
 from paged_backend.scheduler.scheduler import Scheduler
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+_NO_TOKEN = "the model's logits for this request are not finite, or no token is allowed next"
 
 
 @dataclass(slots=True)
@@ -134,7 +137,8 @@ class Engine:
         self._in_flight: deque[_InFlight] = deque()
         """At most two, and between steps at most one."""
         self._live: dict[str, _Live] = {}
-        self._num_searches = 0
+        self._num_alone = 0
+        """Requests that nothing may run ahead of."""
         self._deadlines: list[tuple[float, int, Request]] = []
         """A heap of when requests may have to be ended."""
         self._pending: list[RequestOutput] = []
@@ -197,7 +201,7 @@ class Engine:
         if not request.steered:
             sequences += [sibling(request, index) for index in range(1, request.params.n)]
         self._live[request.request_id] = live = _Live({}, BeamSearch(request) if request.steered else None)
-        self._num_searches += request.steered
+        self._num_alone += request.runs_alone
         for sequence in sequences:
             sequence.arrival_index = next(self._arrivals)
             has_text = self.tokenizer is not None and not request.steered
@@ -255,7 +259,7 @@ class Engine:
         del live.sequences[request]
         if not live.sequences:
             del self._live[request.request_id]
-            self._num_searches -= request.steered
+            self._num_alone -= request.runs_alone
         request.end(reason, error)
         self._on_ended(request=request)
         return output_of(request, token_ids or [], text, finished=not live.sequences)
@@ -332,12 +336,12 @@ class Engine:
 
         That a request has stopped is known a step late; what the younger step brings for it is dropped. A request that
         a plan preempts has tokens in flight at most in the step committed next, before a plan may admit it again.
-        Beams are steered by all their tokens: nothing runs ahead of them.
+        Nothing runs ahead of requests whose next tokens depend on the last one in ways that the host works out.
         """
         self._expire(outputs)
         if not self._scheduler.num_running and not self._in_flight:
             self._paged_model.refresh()  # somebody may have trained the model meanwhile
-        ahead = self._look_ahead and self._runner.asynchronous and not self._num_searches
+        ahead = self._look_ahead and self._runner.asynchronous and not self._num_alone
         while self._scheduler.has_work and len(self._in_flight) <= ahead:
             self._launch(held_back)
         while self._in_flight:
@@ -358,6 +362,9 @@ class Engine:
         step, began = self._in_flight[0], time.perf_counter()
         with held_back.let_in():
             sampled = step.launched.wait()
+        for request, position, scored in step.launched.scores():
+            if request.prompt_logprobs is not None:
+                request.prompt_logprobs[position] = as_logprobs(scored, self.tokenizer)
         self._in_flight.popleft()
         self._scheduler.end_step()
         if not len(step.plan.slots):
@@ -381,7 +388,7 @@ class Engine:
             with contextlib.suppress(Exception):
                 step.launched.wait()
 
-    def _commit_all(self, plan: StepPlan, sampled: list[int | Candidates], outputs: list[RequestOutput]) -> None:
+    def _commit_all(self, plan: StepPlan, sampled: list[Got], outputs: list[RequestOutput]) -> None:
         """Give every request that sampled what it got; one by one: outputs before an error are kept."""
         complete: dict[str, Request] = {}
         for request, got in zip(plan.sampling, sampled, strict=True):
@@ -390,7 +397,7 @@ class Engine:
                 if got == -1:
                     self._scheduler.taint([])
                 continue
-            if isinstance(got, int):
+            if isinstance(got, int | Sampled):
                 outputs.append(self._commit(request, got))
             elif live.search is not None and live.search.offer(request, got):
                 (complete[request.request_id],) = live.sequences
@@ -437,18 +444,25 @@ class Engine:
             request.scheduled_time = request.scheduled_time or now
             self._on_scheduled(request=request)
 
-    def _commit(self, request: Request, token: int) -> RequestOutput:
+    def _commit(self, request: Request, got: int | Sampled) -> RequestOutput:
         """Give a request its next token, and end it if that was the last."""
-        live = self._live[request.request_id]
+        live, logprobs = self._live[request.request_id], None
+        token = got if isinstance(got, int) else got.token
         if token < 0:
             self._scheduler.taint([request] if live.search is None else live.search.beams)
             request = request if live.search is None else next(iter(live.sequences))
-            return self._end(request, "error", FloatingPointError("the model's logits for this request are not finite"))
+            return self._end(request, "error", FloatingPointError(_NO_TOKEN))
         request.token_ids.append(token)
-        if request.first_token_time is None:
+        is_first = request.first_token_time is None
+        if isinstance(got, Sampled):
+            request.cumulative_logprob = (request.cumulative_logprob or 0.0) + got.logprob
+            logprobs = [as_logprobs(got, self.tokenizer)]
+        if is_first:
             request.first_token_time = time.monotonic()
             self._on_first_token(request=request)
         reason: FinishReason | None = None
+        if request.grammar is not None:
+            request.grammar.accept(token)
         if token in request.stop_token_ids:
             reason = "stop"
         elif len(request.token_ids) >= request.max_total_tokens:
@@ -464,8 +478,13 @@ class Engine:
                 return self._end(request, "error", error, [token])
             reason = "stop" if stopped else reason
         if reason:
-            return self._end(request, reason, token_ids=[token], text=text)
-        return output_of(request, [token], text, finished=False)
+            output = self._end(request, reason, token_ids=[token], text=text)
+        else:
+            output = output_of(request, [token], text, finished=False)
+        output.logprobs = logprobs
+        if is_first:
+            output.prompt_logprobs = request.prompt_logprobs
+        return output
 
     def _advance_beams(self, live: _Live) -> list[RequestOutput]:
         """Continue the likeliest beams of a search, or end it with its best outputs."""

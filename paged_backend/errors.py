@@ -41,7 +41,7 @@ class EngineDead(PagedBackendError):
 class CheckedModel(BaseModel):
     """Immutable pydantic model whose validation errors are `InvalidArgument`, with a hint for misspelt fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     def __init__(self, /, **data: Any) -> None:
         try:

@@ -20,11 +20,12 @@ from paged_backend.errors import InvalidArgument
 from paged_backend.kv_cache import hashing
 from paged_backend.plugins.manager import PluginManager
 from paged_backend.request import Request, RequestOptions, SamplingParams
+from paged_backend.text.chat import Chat, chat_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Chat
 Spread = SamplingParams | Sequence[SamplingParams] | None
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -77,6 +78,13 @@ class Intake:
                 raise InvalidArgument(
                     field, getattr(params, field), f"at most max_num_seqs={self._config.max_num_seqs}"
                 )
+        for field, token_ids_ in (
+            ("logit_bias", params.logit_bias),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+        ):
+            for token in token_ids_:
+                if token >= self._vocab_size:
+                    raise InvalidArgument(field, token, f"must be a token id in 0..{self._vocab_size - 1}")
         stops = set(params.stop_token_ids) if params.ignore_eos else self.eos.union(params.stop_token_ids)
         if params.beam_width > 1 and params.beam_width * (1 + len(stops)) > _MOST_CANDIDATES:
             raise InvalidArgument(
@@ -86,6 +94,8 @@ class Intake:
                 "end-of-sequence included",
             )
         salt = options.cache_salt
+        if params.prompt_logprobs is not None:
+            salt = secrets.token_hex(16)  # what is found in the cache has no logits
         if salt is None:
             salt = "" if self._config.enable_prefix_caching else secrets.token_hex(16)
         now = time.monotonic()
@@ -101,6 +111,8 @@ class Intake:
             tenant=options.tenant,
             hash_root=hashing.root(salt),
             steered=params.beam_width > 1,
+            bad_words=self._bad_words(params.bad_words),
+            prompt_logprobs=None if params.prompt_logprobs is None else [[] for _ in token_ids],
             arrival_time=now,
         )
         for name, timeout in (
@@ -113,17 +125,29 @@ class Intake:
         self._plugins.hook.paged_request_filter(request=request)
         return request
 
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Their tokens, inside a word and at the start of one."""
+        if not words:
+            return ()
+        if self.tokenizer is None:
+            raise InvalidArgument("bad_words", words, "words need a tokenizer, and this engine has none")
+        texts = [text for word in words for text in (word.lstrip(), f" {word.lstrip()}")]
+        ids = self.tokenizer(texts, add_special_tokens=False).input_ids
+        return tuple({tuple(tokens) for tokens in ids if tokens})
+
     def _tokenise(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
+        if isinstance(prompt, str | Chat):
             if self.tokenizer is None:
                 raise InvalidArgument("prompt", prompt, "this engine has no tokenizer; send token ids")
+            text = prompt if isinstance(prompt, str) else chat_text(self.tokenizer, prompt)
             try:
-                prompt.encode()
+                text.encode()
             except UnicodeEncodeError as error:
                 raise InvalidArgument(
                     "prompt", prompt, f"must be valid Unicode: {error.reason} at {error.start}"
                 ) from None
-            token_ids: list[int] = self.tokenizer(prompt).input_ids
+            # A chat template writes the special tokens itself.
+            token_ids: list[int] = self.tokenizer(text, add_special_tokens=isinstance(prompt, str)).input_ids
         else:
             try:
                 token_ids = list(map(operator.index, prompt))
@@ -149,6 +173,7 @@ def sibling(request: Request, index: int) -> Request:
     return dataclasses.replace(
         request,
         index=index,
+        prompt_logprobs=None,  # the first one has them
         token_ids=list(request.token_ids),
         block_hashes=list(request.block_hashes),
         seed=(request.seed + index * _GOLDEN) % 2**63,

@@ -7,8 +7,10 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from paged_backend.errors import CheckedModel, InvalidArgument
@@ -25,7 +27,7 @@ StopStrings = Annotated[
 
 _NOT_OF_BEAMS = (
     *("temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty"),
-    *("repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "logprobs"),
+    *("repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "logprobs", "prompt_logprobs"),
 )
 
 
@@ -59,10 +61,12 @@ class SamplingParams(CheckedModel):
     allowed_token_ids: tuple[TokenId, ...] | None = Field(None, min_length=1, max_length=2**20)
     """No other token is generated. None: all may be."""
     bad_words: StopStrings = Field((), max_length=64)
-    """Words that are not generated, at the start of a word and inside one."""
+    """Words that are not generated, as the start of a word or inside one, in the way they are tokenised alone."""
     logprobs: int | None = Field(None, ge=0, le=20)
     """Give the log-probability of each token, and those of the so many likeliest in its place. Of the model itself:
     before temperature, penalties, bias and masks."""
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
+    """Give them for each token of the prompt, too. Nothing of it is then taken from the prefix cache, or left there."""
     seed: int | None = Field(None, ge=0, lt=2**63)
     """Equal seeds repeat equal tokens, whatever else runs. None draws a fresh one."""
     stop: StopStrings = Field((), max_length=64)
@@ -84,6 +88,11 @@ class SamplingParams(CheckedModel):
     early_stopping: bool | Literal["never"] = False
     """When a beam search ends: True, with `beam_width` finished beams; False, when a better one is unlikely; "never",
     when it is impossible. As in transformers."""
+
+    @property
+    def penalised(self) -> bool:
+        """Whether any penalty is asked for."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     @model_validator(mode="after")
     def _consistent(self) -> SamplingParams:
@@ -114,6 +123,18 @@ class RequestOptions(CheckedModel):
     """Seconds it may wait for its first slot; then it ends with `DeadlineExceeded`. None: `EngineConfig`'s."""
     timeout: float | None = Field(None, gt=0)
     """Seconds it may take in all; then it ends with `DeadlineExceeded` and what it has. None: `EngineConfig`'s."""
+
+
+class Grammar(Protocol):
+    """The grammar of one output, and where in it the output is."""
+
+    def fill(self, row: npt.NDArray[np.int32]) -> None:
+        """Set the bits of the tokens that may come next: token t is bit `t % 32` of word `t // 32`; `row` is zeros."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """The next token of the output."""
+        ...
 
 
 class RequestStatus(enum.Enum):
@@ -160,6 +181,10 @@ class Request:
     """`time.monotonic()` by which it must have ended."""
     steered: bool = False
     """Its next token is chosen from outside, among `beam_width` candidates: a beam."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Tokens that are not generated one after the other."""
+    grammar: Grammar | None = None
+    """What its output has to match; it knows the output so far."""
     arrival_index: int = 0
     """Order of arrival in this engine."""
     arrival_time: float = field(default_factory=time.monotonic)
@@ -180,6 +205,15 @@ class Request:
     end_time: float | None = None
     finish_reason: FinishReason | None = None
     error: Exception | None = None
+    cumulative_logprob: float | None = None
+    """Of the output so far, if `logprobs` were asked for."""
+    prompt_logprobs: list[list[Logprob]] | None = None
+    """Of each token of the prompt, as far as it is computed; None unless asked for."""
+
+    @property
+    def runs_alone(self) -> bool:
+        """Whether its next step can only be launched when all its tokens are on the host."""
+        return self.steered or self.grammar is not None or any(len(word) > 1 for word in self.bad_words)
 
     @property
     def num_output_tokens(self) -> int:
@@ -248,7 +282,9 @@ class RequestOutput:
     """For each of `token_ids`: the token itself, then the likeliest in its place, as many as `SamplingParams.logprobs`
     says, in order. None unless asked for."""
     cumulative_logprob: float | None = None
-    """Sum over all tokens of this output so far. None unless `logprobs` were asked for."""
+    """Sum over all tokens of this output so far. None unless `logprobs` were asked for, or it is a beam."""
+    prompt_logprobs: list[list[Logprob]] | None = None
+    """As `logprobs`, for each token of the prompt, [] for the first; with the first token. None unless asked for."""
     arrival_time: float = 0.0
     """`time.monotonic()` seconds."""
     first_token_time: float | None = None

@@ -74,6 +74,9 @@ class LateStep:
             self.device.queue.popleft().run()
         return self.tokens
 
+    def scores(self) -> list[Any]:
+        return []
+
     def run(self) -> None:
         runner = self.device.runner
         runner.tables = SimpleNamespace(array=self.tables, block_size=runner.tables.block_size)  # type: ignore[assignment]

@@ -8,13 +8,16 @@ import pathlib
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
+from prometheus_client import CollectorRegistry
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import InvalidArgument, PagedBackendError
 from triton_server_model.metrics import MetricsMirror
-from triton_server_model.protocol import INPUTS, OUTPUT, parse_request
+from triton_server_model.protocol import parse_request
+from triton_server_model.protocol_table import NAMES, OUTPUTS, declaration
 from triton_server_model.reply import Reply
 from triton_server_model.sender import Sender
+from triton_server_model.unknown import UnknownParameters
 
 
 class TritonPythonModel:
@@ -22,10 +25,12 @@ class TritonPythonModel:
 
     @staticmethod
     def auto_complete_config(config: Any) -> Any:
-        """Declare the tensors of `protocol`, so that config.pbtxt need not."""
-        for tensor in INPUTS:
-            config.add_input(tensor)
-        config.add_output(OUTPUT)
+        """Declare the tensors of the protocol, so that config.pbtxt need not."""
+        for name in NAMES:
+            if name.tensor:
+                config.add_input(declaration(name))
+        for output in OUTPUTS:
+            config.add_output(declaration(output))
         config.set_max_batch_size(0)
         config.set_model_transaction_policy({"decoupled": True})
         return config
@@ -43,27 +48,27 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(f"{path}: {error}") from None  # the message says it all
         labels = {"model": args["model_name"], "version": args["model_version"]}
         self._sender = Sender(self._engine.abort)
-        self._metrics = MetricsMirror(self._engine.engine.metrics.registry, labels)
+        registry = CollectorRegistry()
+        registry.register(self._engine.engine.metrics.registry)
+        self._unknown = UnknownParameters(registry)
+        self._metrics = MetricsMirror(registry, labels)
 
     def execute(self, requests: list[Any]) -> None:
         """Hand each request to the engine, or answer it at once with what is wrong with it."""
         for request in requests:
             reply = Reply(request.get_response_sender())
             try:
-                inputs = {tensor.name(): tensor.as_numpy().item() for tensor in request.inputs()}
-                generation = parse_request(inputs, json.loads(request.parameters() or "{}"))
+                inputs = {tensor.name(): tensor.as_numpy().tolist() for tensor in request.inputs()}
+                parameters = json.loads(request.parameters() or "{}")
+                generation = parse_request(inputs, parameters, request.timeout())
                 reply.begin(generation)
+                self._unknown.count(generation.unknown)
                 request_id = self._engine.submit(
                     generation.prompt,
                     generation.params,
+                    generation.options,
                     on_output=functools.partial(self._sender.put, reply),
                 )
-            except InvalidArgument as error:
-                # The engine's prompt is this input.
-                field = (
-                    error.field.replace("prompt", "text_input", 1) if error.field.startswith("prompt") else error.field
-                )
-                reply.fail(InvalidArgument(field, error.value, error.allowed))
             except Exception as error:
                 reply.fail(error)
             else:

@@ -11,6 +11,7 @@ from paged_kernels.sampling import SamplingBatch
 
 from paged_backend.request import Request
 from paged_backend.runner.sampling import uniform
+from paged_backend.runner.scored_prompts import ScoredPrompts
 from paged_backend.scheduler.plan import StepPlan
 
 
@@ -25,7 +26,7 @@ class FlatBatch:
     block_tables: npt.NDArray[np.int32]
     """`[groups, rows, blocks]`."""
     logits_at: npt.NDArray[np.int64]
-    """Where in the flat batch the rows that sample end."""
+    """Where in the flat batch the rows that sample end, then the tokens of `ScoredPrompts`."""
 
 
 class BatchState:
@@ -60,7 +61,7 @@ class BatchState:
             slot_mapping=block_tables[:, row, positions // block_size].astype(np.int64) * block_size
             + positions % block_size,
             block_tables=block_tables,
-            logits_at=(ends - 1)[plan.samples],
+            logits_at=np.concatenate([(ends - 1)[plan.samples], ScoredPrompts(plan).places]),
         )
 
     def sampling(self, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> SamplingBatch:

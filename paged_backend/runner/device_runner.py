@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from paged_kernels.gpu import logits as logits_kernels
 from paged_kernels.gpu.compilation import compile_ahead
 from paged_kernels.gpu.decode_attention import DecodeRows
-from paged_kernels.gpu.logits import add_to_logits
 from paged_kernels.gpu.prefill_attention import ROWS, PrefillRows, plan_tiles
 from paged_kernels.gpu.sampling import sample
 from paged_kernels.gpu.shared_prefix import SharedPrefixes, find_prefixes, num_shared_items, plan_prefixes
@@ -25,20 +25,20 @@ from paged_kernels.gpu.whole_prompt_attention import is_worth_it, supports_whole
 from paged_kernels.sampling import sample as sample_on_host
 from torch import Tensor
 
-from paged_backend.beam import Candidates
 from paged_backend.kv_cache.block_tables import BlockTables
 from paged_backend.kv_cache.swap import SwapSpace
 from paged_backend.request import Request
 from paged_backend.runner.device_state import DeviceState
+from paged_backend.runner.logprobs import Logprobs, asked
 from paged_backend.runner.model import PagedModel
-from paged_backend.runner.runner import Launched, ModelRunner
+from paged_backend.runner.runner import Got, Launched, ModelRunner, Score
+from paged_backend.runner.scored_prompts import ScoredPrompts
 from paged_backend.runner.step import StepInputs
 from paged_backend.scheduler.plan import StepPlan
 
 logger = logging.getLogger(__name__)
 
 _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-_MOST_FORBIDDEN = 1024  # pairs of a row and a token in a graph
 _RING = 4  # steps whose host buffers are kept apart; two are in flight at most
 _Array = npt.NDArray[np.integer[Any]]
 
@@ -50,13 +50,22 @@ class _Enqueued:
     tokens: Tensor
     """`[rows]` int32 on the host, written when `done`."""
     done: torch.cuda.Event | None
+    logprobs: Logprobs | None = None
+    prompts: ScoredPrompts | None = None
 
-    def wait(self) -> list[int | Candidates]:
+    def wait(self) -> list[Got]:
         """See `Launched`."""
         if self.done is not None:
             self.done.synchronize()
-        tokens: list[int | Candidates] = self.tokens.tolist()
+        tokens: list[Got] = self.tokens.tolist()
+        if self.logprobs is not None:
+            for row, sampled in self.logprobs.of(self.tokens.tolist()).items():
+                tokens[row] = sampled
         return tokens
+
+    def scores(self) -> list[Score]:
+        """See `Launched`."""
+        return [] if self.prompts is None else self.prompts.scores()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +75,8 @@ class _Variant:
     rows: int
     shared: bool = False
     """Whether rows share prefixes."""
-    forbidden: bool = False
-    """Whether rows have tokens that they may not sample."""
+    samples: bool = True
+    """Whether it also samples: it does unless the logits are to be changed or looked at first."""
 
 
 class DeviceRunner(ModelRunner):
@@ -76,6 +85,7 @@ class DeviceRunner(ModelRunner):
     Steps with beams need the logits on the host, and run as the base class runs them.
     """
 
+    logits_kernels = logits_kernels
     asynchronous = True
 
     def __init__(
@@ -115,13 +125,11 @@ class DeviceRunner(ModelRunner):
         self._requests: list[Request | None] = [None] * num_slots
         self._behind = np.zeros(num_slots, dtype=np.bool_)
         """Slots whose last tokens the batch state on the host lacks."""
-        self._min_positions = np.zeros(num_slots, dtype=np.int64)
-        """Where a slot's first stop token may stand."""
         self._prefixes_of: bytes | None = None
         self._prefixes: list[tuple[npt.NDArray[np.int64], int]] = []
         """What `find_prefixes` found in the slots `_prefixes_of`."""
-        # Three numbers a token, two a tile of queries, some for each row, and what changed.
-        room = 3 * max_num_tokens + 2 * (max_num_tokens * spec.group // ROWS) + 16 * num_slots + 8192
+        # Three numbers a token, and for scored ones three more, two a tile of queries, some for each row, and changes.
+        room = 6 * max_num_tokens + 2 * (max_num_tokens * spec.group // ROWS) + 16 * num_slots + 8192
         self._inbox = torch.zeros(room, dtype=torch.int32, device=self.device)
         self._sent = [torch.zeros(room, dtype=torch.int32, pin_memory=self._on_cuda) for _ in range(_RING)]
         self._tokens = torch.zeros(num_slots, dtype=torch.int32, device=self.device)
@@ -129,7 +137,8 @@ class DeviceRunner(ModelRunner):
         self._received = [torch.zeros_like(self._tokens, device="cpu", pin_memory=self._on_cuda) for _ in range(_RING)]
         self._counters = paged_model.make_counters(num_slots)
         self._turn = 0
-        self._graphs: dict[_Variant, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[_Variant, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        """With the logits that each leaves."""
         if self._on_cuda:
             with torch.inference_mode():
                 self._prepare(num_slots)
@@ -148,18 +157,16 @@ class DeviceRunner(ModelRunner):
             return self._launch_on_host(plan)
         self._behind[plan.slots[plan.samples]] = True
         self._turn = (self._turn + 1) % _RING
-        forbidden = self._forbidden(plan)
-        if plan.samples.all() and plan.counts[-1] == 1 and len(forbidden) <= _MOST_FORBIDDEN:
-            self._decode(plan, forbidden)
-        else:
-            self._mixed(plan, forbidden)
+        is_decode = plan.samples.all() and plan.counts[-1] == 1
+        prompts = ScoredPrompts(plan)
+        logprobs = self._decode(plan) if is_decode else self._mixed(plan, prompts)
         tokens = self._received[self._turn][: len(plan.sampling)]
         tokens.copy_(self._tokens[: len(tokens)], non_blocking=True)
         done = None
         if self._on_cuda:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        return _Enqueued(tokens, done)
+        return _Enqueued(tokens, done, logprobs, prompts)
 
     def prefers_whole(self, num_tokens: int) -> bool:
         """See `ModelRunner`."""
@@ -177,9 +184,7 @@ class DeviceRunner(ModelRunner):
         self.state.load(request)
         self.device_state.load(slot, self.state, request.token_ids[-1])
         self._requests[slot], self._behind[slot], self._prefixes_of = request, False, None
-        self._min_positions[slot] = 0
-        if request.stop_token_ids:
-            self._min_positions[slot] = request.num_prompt_tokens + request.params.min_tokens
+        self._edits.load(request)
 
     def _launch_on_host(self, plan: StepPlan) -> Launched:
         """A step whose logits the host must see; everything before it has been committed."""
@@ -195,10 +200,10 @@ class DeviceRunner(ModelRunner):
     ) -> npt.NDArray[np.int64]:
         """As on the device, so that a request gets the same tokens whatever runs beside it."""
         device_slots, device_positions = self._send([slots, positions], slots)
-        self._sample(logits, device_slots, device_positions, [])
+        self._sample(logits, device_slots, device_positions)
         return self._tokens[: len(slots)].cpu().numpy().astype(np.int64)
 
-    def _decode(self, plan: StepPlan, forbidden: npt.NDArray[np.int64]) -> None:
+    def _decode(self, plan: StepPlan) -> Logprobs | None:
         """A step of decodes that all sample."""
         rows = len(plan.slots)
         size = self._size(rows)
@@ -208,29 +213,35 @@ class DeviceRunner(ModelRunner):
         if prefixes := self._find_prefixes(plan):
             shared = plan_prefixes(prefixes, plan.slots, size, self._group, self._num_shared_items)
             sections += [part.ravel() for part in shared]
-        if len(forbidden):
-            sections += _padded(forbidden, _MOST_FORBIDDEN)
-        variant = _Variant(size, bool(prefixes), bool(len(forbidden)))
+        variant = _Variant(size, bool(prefixes), not self._is_edited(plan))
         received = self._send(sections, plan.slots)
-        graph = self._graphs.get(variant)
-        if graph is not None:
+        if variant in self._graphs:
+            graph, logits = self._graphs[variant]
             graph.replay()
-            return
-        self._decode_step(variant, received)  # this also loads kernels, which a capture must not
-        if self._cuda_graphs:
+        else:
+            logits = self._decode_step(variant, received)  # this also loads kernels, which a capture must not
+        logprobs = None
+        if not variant.samples:
+            _, device_slots, _, next_positions = received[0].view(4, -1)
+            logprobs = self._edit_and_sample(plan, logits, device_slots, next_positions)
+        if self._cuda_graphs and variant not in self._graphs:
             self._capture(variant, received)
+        return logprobs
 
-    def _decode_step(self, variant: _Variant, received: list[Tensor]) -> None:
-        """All that the device does in a step of decodes."""
+    def _decode_step(self, variant: _Variant, received: list[Tensor]) -> Tensor:
+        """All that the device does in a step of decodes, but for what comes after `not variant.samples`; its logits."""
         batch, *rest = received
         ids, slots, positions, next_positions = batch.view(4, -1)
         inputs = self._inputs(ids, slots, positions, DecodeRows(slots, positions, self._counters))
         if variant.shared:
-            rows, items, members, *rest = rest
+            rows, items, members = rest
             inputs.shared = SharedPrefixes(rows.view(-1, 4), items.view(self._num_shared_items, -1), members)
-        self._sample(self.paged_model.compute(inputs), slots, next_positions, rest)
+        logits = self.paged_model.compute(inputs)
+        if variant.samples:
+            self._sample(logits, slots, next_positions)
+        return logits
 
-    def _mixed(self, plan: StepPlan, forbidden: npt.NDArray[np.int64]) -> None:
+    def _mixed(self, plan: StepPlan, scored: ScoredPrompts) -> Logprobs | None:
         """A step with chunks of prompts in it, or with more than a graph has room for."""
         starts, counts, slots, samples = plan.starts, plan.counts, plan.slots, plan.samples
         ends = np.cumsum(counts)
@@ -240,18 +251,19 @@ class DeviceRunner(ModelRunner):
         positions = np.arange(ends[-1]) + np.repeat(starts - offsets, counts)
         ids = self.state.tokens[token_slots, positions]
         ids[:singles][samples[:singles]] = -1  # perhaps sampled by the step before
-        ban: list[Tensor] = []
         sections: list[_Array] = [ids, token_slots, positions]
-        sections += [(ends - 1)[samples], slots[samples], (starts + counts)[samples], (starts + counts - 1)[samples]]
+        next_positions = (starts + counts)[samples]
+        sections += [
+            np.concatenate([(ends - 1)[samples], scored.places]),
+            np.concatenate([slots[samples], scored.slots]),
+            np.concatenate([next_positions - 1, scored.positions]),
+            next_positions,
+        ]
         prompts, chunks_at = self._whole_prompts(plan, offsets, singles)
         chunked = slots[chunks_at], starts[chunks_at], counts[chunks_at], offsets[chunks_at]
         sections += [*chunked, *plan_tiles(chunked[1], chunked[2], self._group)]
-        if len(forbidden) > _MOST_FORBIDDEN:
-            ban = [torch.from_numpy(part.astype(np.int32)).to(self.device) for part in _padded(forbidden, 0)]
-        elif len(forbidden):
-            sections += _padded(forbidden, len(forbidden))
         received = self._send(sections, slots)
-        device_ids, device_slots, device_positions, at, sampled_slots, next_positions, sampled_positions = received[:7]
+        device_ids, device_slots, device_positions, at, sampled_slots, sampled_positions, positions_then = received[:7]
         decodes = chunks = None
         if singles:
             decodes = DecodeRows(device_slots[:singles], device_positions[:singles], self._counters)
@@ -262,8 +274,14 @@ class DeviceRunner(ModelRunner):
         inputs.sampled = DecodeRows(sampled_slots, sampled_positions, self._counters)
         inputs.sampled_at = at.long()
         logits = self.paged_model.compute(inputs)
-        if len(logits):
-            self._sample(logits, sampled_slots, next_positions, ban or received[13:])
+        rows = len(next_positions)
+        scored.look_up(logits[rows:])
+        if not rows:
+            return None
+        if self._is_edited(plan):
+            return self._edit_and_sample(plan, logits[:rows], sampled_slots[:rows], positions_then)
+        self._sample(logits[:rows], sampled_slots[:rows], positions_then)
+        return None
 
     def _whole_prompts(
         self, plan: StepPlan, offsets: npt.NDArray[np.int64], singles: int
@@ -296,13 +314,24 @@ class DeviceRunner(ModelRunner):
         )
         return StepInputs(input_ids, positions, slot_mapping, tables, decodes, chunks)
 
-    def _sample(self, logits: Tensor, slots: Tensor, positions: Tensor, forbidden: list[Tensor]) -> None:
-        if forbidden:
-            rows, tokens, count = forbidden
-            values = torch.full_like(rows, float("-inf"), dtype=torch.float32)
-            add_to_logits(logits, rows, tokens, values, count)
-        rows_ = len(slots)
-        sample(logits, slots, positions, self.device_state.sampling, self._tokens[:rows_], self._logprobs[:rows_])
+    def _sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> None:
+        rows = len(slots)
+        sample(logits, slots, positions, self.device_state.sampling, self._tokens[:rows], self._logprobs[:rows])
+
+    def _is_edited(self, plan: StepPlan) -> bool:
+        """Whether any row's logits are to be changed, or looked at, before it samples."""
+        slots, positions = plan.slots[plan.samples], (plan.starts + plan.counts)[plan.samples]
+        return self._edits.wanted(slots, positions)
+
+    def _edit_and_sample(self, plan: StepPlan, logits: Tensor, slots: Tensor, positions: Tensor) -> Logprobs:
+        """`slots` and `positions` are of the rows of `logits`, which may be more than those of the plan."""
+        logprobs = Logprobs(logits, asked(plan.sampling))
+        host_slots, host_positions = plan.slots[plan.samples], (plan.starts + plan.counts)[plan.samples]
+        self._edits.apply(logits, plan.sampling, host_slots, host_positions, slots)
+        self._sample(logits, slots, positions)
+        self._edits.count(self._tokens[: len(slots)], slots)
+        logprobs.look_up(self._tokens)
+        return logprobs
 
     # ---- what the host sends
 
@@ -312,13 +341,6 @@ class DeviceRunner(ModelRunner):
             return rows
         size = next((size for size in _SIZES if size >= rows), -(-rows // _SIZES[-1]) * _SIZES[-1])
         return min(size, len(self._tokens))
-
-    def _forbidden(self, plan: StepPlan) -> npt.NDArray[np.int64]:
-        """Pairs (sampling row, token) `[n, 2]` that may not be sampled: stop tokens before `min_tokens`."""
-        slots = plan.slots[plan.samples]
-        early = np.flatnonzero((plan.starts + plan.counts)[plan.samples] < self._min_positions[slots])
-        pairs = [(row, token) for row in early.tolist() for token in plan.sampling[row].stop_token_ids]
-        return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
     def _find_prefixes(self, plan: StepPlan) -> list[tuple[npt.NDArray[np.int64], int]]:
         """Searched anew when requests have come or gone; what the others share does not change."""
@@ -370,20 +392,13 @@ class DeviceRunner(ModelRunner):
         logger.info("%d CUDA graphs ready after %.1f s", len(sizes), time.perf_counter() - began)
 
     def _capture(self, variant: _Variant, received: list[Tensor]) -> None:
-        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            self._decode_step(variant, received)
-        self._graphs[variant] = graph
+            logits = self._decode_step(variant, received)
+        self._graphs[variant] = graph, logits
 
 
 def _padding(rows: int) -> npt.NDArray[np.int32]:
     """Id, slot, position and next position of `rows` that are not there: their K and V go to block 0."""
     return np.repeat(np.array([[-1], [-1], [0], [0]], dtype=np.int32), rows, axis=1)
-
-
-def _padded(pairs: npt.NDArray[np.int64], room: int) -> list[_Array]:
-    """Firsts and seconds of the pairs, padded to `room`, and how many there are."""
-    padded = np.zeros((2, max(room, len(pairs))), dtype=np.int64)
-    padded[:, : len(pairs)] = pairs.T
-    return [*padded, np.array([len(pairs)])]

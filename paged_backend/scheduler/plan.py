@@ -26,6 +26,8 @@ class StepPlan:
     samples: npt.NDArray[np.bool_] = field(default_factory=lambda: _NONE.astype(np.bool_))
     sampling: list[Request] = field(default_factory=list)
     """The requests of the rows that sample, in order."""
+    scoring: list[tuple[int, Request]] = field(default_factory=list)
+    """Rows with tokens of prompts whose log-probabilities are asked for."""
     num_steps: int = 1
     """More than 1: every row decodes that many tokens, one after the other, and nothing else happens meanwhile."""
     loads: list[Request] = field(default_factory=list)

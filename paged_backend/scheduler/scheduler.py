@@ -22,6 +22,8 @@ from paged_backend.scheduler.plan import StepPlan
 from paged_backend.scheduler.policy import SchedulingPolicy, WaitingQueue
 from paged_backend.scheduler.preemption import LowestRanked, PreemptionCosts, PreemptionPolicy
 
+_MOST_SCORED = 256  # prompt tokens of a step that need logits: each takes as many floats as there are tokens to choose
+
 
 class Scheduler:
     """Owns the waiting and the running requests and decides each step. Single-threaded."""
@@ -216,12 +218,15 @@ class Scheduler:
         chunks: list[tuple[int, int]] = []
         spare: int | None = None
         admitting = not plan.preempted
+        scored = 0
         while budget > 0:
             head = self.waiting.peek() if admitting else None
+            if head is not None and head.prompt_logprobs is not None and scored >= _MOST_SCORED:
+                admitting, head = False, None
             if head is not None and not (started and started[0].rank < head.rank):
                 if spare is None:
                     spare = self._spare()
-                admitted = self._admit(head, budget, spare, plan)
+                admitted = self._admit(head, self._most_of(head, budget, scored), spare, plan)
                 if admitted is None:
                     admitting = False
                     continue
@@ -232,7 +237,9 @@ class Scheduler:
                 if request.slot < 0:
                     continue  # preempted for one before it
                 slot = request.slot
-                count = min(int(left[slot]), budget)
+                count = min(int(left[slot]), self._most_of(request, budget, scored))
+                if not count:
+                    continue
                 self.tables.trim(slot, int(self._computed[slot]))
                 if not self._make_room(request, int(self._computed[slot]) + count, plan):
                     continue
@@ -247,7 +254,12 @@ class Scheduler:
             if not request.steered:  # beams of a search keep one rank, lest searches wait for each other for ever
                 self.policy.served(request, count)
             budget -= count
+            scored += count if request.prompt_logprobs is not None else 0
         return chunks
+
+    def _most_of(self, request: Request, budget: int, scored: int) -> int:
+        """Tokens that a chunk of the request may have."""
+        return budget if request.prompt_logprobs is None else min(budget, _MOST_SCORED - scored)
 
     def _spare(self) -> int:
         """Free blocks beyond what the running requests need for their tokens and the next one each."""
@@ -269,7 +281,8 @@ class Scheduler:
         num_tokens = len(request.token_ids)
         while True:
             cached = self.prefix_cache.match(request.block_hashes, (num_tokens - 1) // tables.block_size)
-            if budget < num_tokens <= self._most and not cached and self._prefers_whole(num_tokens):
+            whole = request.prompt_logprobs is None and self._prefers_whole(num_tokens)
+            if budget < num_tokens <= self._most and not cached and whole:
                 return None
             held = self.prefix_cache.num_held(request.block_hashes, cached)
             total = min(num_tokens + 1, request.max_total_tokens)
@@ -376,6 +389,12 @@ class Scheduler:
         sampled = plan.slots[plan.samples]
         plan.sampling = list(map(self._at, sampled.tolist()))
         self._length[sampled] += np.where(self._steered[sampled], 0, plan.num_steps)
+        plan.scoring = [
+            (row, request)
+            for row, slot in (enumerate(plan.slots.tolist()) if chunks else ())
+            if (request := self._at(slot)).prompt_logprobs is not None
+            and plan.starts[row] < request.num_prompt_tokens - 1
+        ]
         plan.loads, self._loads = [request for request in self._loads if request.slot >= 0], []
         plan.moves.clears = self.tables.pool.take_to_clear()
         plan.moves.copies, self._copies = self._copies, []

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 import torch
 from paged_kernels import sampling as host
-from paged_kernels.gpu import logits as logits_changes
 from paged_kernels.gpu import sampling
-from paged_kernels.gpu.logits import PenaltyTables
 from paged_kernels.gpu.sampling import SamplingTables
 from torch import Tensor
 
@@ -222,43 +220,3 @@ def test_frequencies_follow_the_probabilities(fields: dict[str, Any]) -> None:
     chi_square = float(((counts - expected) ** 2 / expected.clamp(min=1e-9))[expected > 5].sum())
     degrees = int((expected > 5).sum()) - 1
     assert chi_square < degrees + 4 * (2 * degrees) ** 0.5
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_additions_to_logits(dtype: torch.dtype) -> None:
-    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(8)).to(DEVICE, dtype)
-    rows, tokens = torch.arange(300).int().to(DEVICE) % 3, torch.arange(300).int().to(DEVICE) // 3
-    values = torch.randn(300, generator=torch.Generator().manual_seed(9)).to(DEVICE)
-    values[::7] = float("-inf")
-    for count in (0, 1, 150):
-        got, want = logits.clone(), logits.clone()
-        length = torch.tensor([count], dtype=torch.int32, device=DEVICE)
-        logits_changes.add_to_logits(got, rows, tokens, values, length)
-        logits_changes.add_to_logits_reference(want, rows, tokens, values, length)
-        assert torch.equal(got, want)
-        assert torch.equal(got, logits) == (count == 0)
-
-
-@pytest.mark.parametrize("count_dtype", [torch.int16, torch.int32])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_penalties(dtype: torch.dtype, count_dtype: torch.dtype) -> None:
-    logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(10)).to(DEVICE, dtype)
-    logits[0, 3] = float("-inf")
-    slots = torch.tensor([3, -1, 0, 1], dtype=torch.int32, device=DEVICE)
-    row = torch.tensor([1, -1, -1, 0], dtype=torch.int32, device=DEVICE)
-    parameters = torch.tensor([[1.3, 1, 1, 0.8], [0.5, 0, 0, -0.3], [0.1, 0, 0, 0.7]], device=DEVICE)
-    counts = torch.randint(0, 6, (2, 5000), generator=torch.Generator().manual_seed(11)).to(DEVICE, count_dtype)
-    results = []
-    for penalise, count in (
-        (logits_changes.penalise, logits_changes.count_tokens),
-        (logits_changes.penalise_reference, logits_changes.count_tokens_reference),
-    ):
-        tables = PenaltyTables(row, *parameters, counts.clone())
-        changed = logits.clone()
-        penalise(changed, slots, tables)
-        count(torch.tensor([9, 4, -1, 2], dtype=torch.int32, device=DEVICE), slots, tables)
-        results.append((changed, tables.counts))
-    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-6, rtol=1e-3)
-    assert torch.equal(results[0][0][[1, 3]], logits[[1, 3]])
-    assert torch.equal(results[0][1], results[1][1])
-    assert (results[0][1] != counts).nonzero().tolist() == [[0, 9]]

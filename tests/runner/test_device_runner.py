@@ -211,14 +211,14 @@ def test_no_stop_before_min_tokens_in_decodes_and_beside_chunks(make: Any, monke
     config = {"max_num_batched_tokens": 8, "max_num_seqs": 5}
     want = make(attention_backend="reference", **config).generate(prompts, params)
     engine = make(model, **config)
-    forbidden, seen = DeviceRunner._forbidden, set()
+    is_edited, seen = DeviceRunner._is_edited, set()
 
-    def forbid_and_tell(runner: DeviceRunner, plan: StepPlan) -> Any:
-        pairs = forbidden(runner, plan)
-        seen.add((len(pairs) > 0, bool((plan.counts > 1).any())))
-        return pairs
+    def ask_and_tell(runner: DeviceRunner, plan: StepPlan) -> bool:
+        edited = is_edited(runner, plan)
+        seen.add((edited, bool((plan.counts > 1).any())))
+        return edited
 
-    monkeypatch.setattr(DeviceRunner, "_forbidden", forbid_and_tell)
+    monkeypatch.setattr(DeviceRunner, "_is_edited", ask_and_tell)
     outputs = engine.generate(prompts, params)
     assert [(output.token_ids, output.finish_reason) for output in outputs] == [
         (output.token_ids, output.finish_reason) for output in want
