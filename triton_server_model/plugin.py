@@ -47,6 +47,11 @@ def serve(
     http_port: Annotated[int, Port] = 8000,
     grpc_port: Annotated[int, Port] = 8001,
     metrics_port: Annotated[int, Port] = 8002,
+    openai: Annotated[int | None, typer.Option(min=1, max=65535, help="Port for OpenAI's API. Default: none.")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="What clients of --openai have to send as API key.", envvar="PAGED_BACKEND_API_KEY"),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="torch device, such as cpu or cuda:1.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and output together.")] = None,
@@ -58,6 +63,7 @@ def serve(
 
     from paged_backend.config import EngineConfig
     from triton_server_model.launcher import TritonServer
+    from triton_server_model.openai.server import OpenAIServer
 
     given = {
         "model": model,
@@ -79,6 +85,7 @@ def serve(
         metrics_port=metrics_port,
         verbose=verbose,
     )
+    front = None if openai is None else OpenAIServer(host, openai, server.address("grpc"), api_key)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for ending in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal too must not leave the server behind
         signal.signal(ending, signal.default_int_handler)
@@ -86,7 +93,11 @@ def serve(
         with ExitStack() as stack:
             with console.status("starting tritonserver"):
                 stack.enter_context(server)
+                if front is not None:
+                    stack.enter_context(front)
             _show_ready(console, server, example=repository is None)
+            if front is not None:
+                _show_openai(console, front.address, key=api_key is not None)
             while True:
                 server.check()
                 time.sleep(0.5)
@@ -104,3 +115,14 @@ def _show_ready(console: Console, server: TritonServer, *, example: bool) -> Non
         return
     body = '{"text_input": "The capital of France is", "parameters": {"max_tokens": 16, "temperature": 0}}'
     console.print(f"try\n  curl -s {http}/v2/models/{MODEL_NAME}/generate -d '{body}'")
+
+
+def _show_openai(console: Console, address: str, *, key: bool) -> None:
+    from triton_server_model.launcher import MODEL_NAME
+
+    authorization = ' -H "Authorization: Bearer $PAGED_BACKEND_API_KEY"' if key else ""
+    body = f'{{"model": "{MODEL_NAME}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    console.print(f"OpenAI's API at http://{address}/v1, try")
+    console.print(
+        f"  curl -s http://{address}/v1/chat/completions{authorization} -H 'Content-Type: application/json' -d '{body}'"
+    )

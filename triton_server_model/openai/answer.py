@@ -12,12 +12,12 @@ from operator import itemgetter
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 from tritonclient.utils import InferenceServerException
 
 from triton_server_model.openai import client
-from triton_server_model.openai.errors import of_server, unknown_model
+from triton_server_model.openai.errors import JsonResponse, of_server, unknown_model
 from triton_server_model.openai.schemas import GenerationRequest
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ async def answer(server: client.TritonClient, http: Request, reply: Reply) -> Re
     responses = _numbered(0, streams[0]) if len(streams) == 1 else _merged(streams)
     try:
         if not request.stream:
-            return JSONResponse(await _unless_gone(http, _whole(head, reply, responses)))
+            return JsonResponse(await _unless_gone(http, _whole(head, reply, responses)))
         events = _events(head, reply, responses)
         first = await _unless_gone(http, anext(events))
     except InferenceServerException as error:

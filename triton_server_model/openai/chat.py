@@ -22,22 +22,25 @@ class Chat:
     def __init__(self, request: ChatRequest) -> None:
         self.request = request
         self._parsers = [parser(request) for _ in range(request.n)]
-        self._begun = [False] * request.n
+        self._begun = set[int]()
 
     def inputs(self) -> list[Inputs]:
         """What to ask the model for."""
         request = self.request
-        messages = [message.model_dump(mode="json", exclude_none=True) for message in request.messages]
+        messages = [message.model_dump(exclude_none=True) for message in request.messages]
         inputs = request.inputs() | {"messages": json.dumps(messages)}
+        if request.chat_template_kwargs:
+            inputs["chat_template_kwargs"] = json.dumps(request.chat_template_kwargs)
         if request.tools and request.tool_choice.type != "none":
-            inputs["tools"] = json.dumps([tool.model_dump(mode="json", exclude_none=True) for tool in request.tools])
+            inputs["tools"] = json.dumps([tool.model_dump(exclude_none=True) for tool in request.tools])
         return [inputs]
 
     def chunks(self, number: int, response: Response) -> Iterator[dict[str, Any]]:
         """Choices with what came."""
-        for index, output in enumerate(response.outputs):
-            if not self._begun[index]:
-                self._begun[index] = True
+        for output in response.outputs:
+            index = output.index
+            if index not in self._begun:
+                self._begun.add(index)
                 yield _chunk(index, {"role": "assistant", "content": ""})
             logprobs = self._logprobs(output)
             for delta in self._parsers[index].feed(output.text, end=output.finish_reason is not None):
@@ -46,26 +49,26 @@ class Chat:
             if logprobs and logprobs["content"]:
                 yield _chunk(index, {"content": ""}, logprobs)
             if output.finish_reason is not None:
-                yield _chunk(index, {}, finish_reason=self._reason(index, output))
+                yield _chunk(index, {}, finish_reason=self._reason(output))
 
     def choices(self, number: int, response: Response) -> Iterator[dict[str, Any]]:
         """Choices of the whole answer."""
-        for index, output in enumerate(response.outputs):
-            deltas = list(self._parsers[index].feed(output.text, end=True))
+        for output in response.outputs:
+            deltas = list(self._parsers[output.index].feed(output.text, end=True))
             calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
             message: dict[str, Any] = {"role": "assistant", "refusal": None}
             message["content"] = "".join(delta.get("content", "") for delta in deltas) or (None if calls else "")
             if calls:
                 message["tool_calls"] = [{key: call[key] for key in ("id", "type", "function")} for call in calls]
             yield {
-                "index": index,
+                "index": output.index,
                 "message": message,
                 "logprobs": self._logprobs(output),
-                "finish_reason": self._reason(index, output),
+                "finish_reason": self._reason(output),
             }
 
-    def _reason(self, index: int, output: Output) -> str | None:
-        chosen = self._parsers[index].calls and self.request.tool_choice.function is None
+    def _reason(self, output: Output) -> str | None:
+        chosen = self._parsers[output.index].calls and self.request.tool_choice.function is None
         return "tool_calls" if chosen and output.finish_reason == "stop" else output.finish_reason
 
     def _logprobs(self, output: Output) -> dict[str, Any] | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from operator import itemgetter
 from typing import Any, ClassVar
 
-from triton_server_model.openai.client import Inputs, Output, Response
+from triton_server_model.openai.client import Inputs, Response, Token
 from triton_server_model.openai.schemas import CompletionRequest
 
 
@@ -18,8 +21,12 @@ class Completion:
 
     def __init__(self, request: CompletionRequest) -> None:
         self.request = request
-        self._lengths: dict[int, int] = {}
-        """Characters of each choice so far."""
+        self._begun: set[int] = set()
+        """Choices that something was told of."""
+        self._prompt_tokens: dict[int, list[Token]] = {}
+        """Of the prompts that are echoed with log-probabilities."""
+        self._offsets: defaultdict[int, int] = defaultdict(int)
+        """Characters of the tokens of each choice so far."""
 
     def inputs(self) -> list[Inputs]:
         """What to ask the model for, for each prompt."""
@@ -31,33 +38,54 @@ class Completion:
 
     def chunks(self, number: int, response: Response) -> Iterator[dict[str, Any]]:
         """Choices with what came for the prompt of that number."""
-        for index, output in enumerate(response.outputs, number * self.request.n):
-            start = self._lengths.get(index)
-            echo = self.request.prompt[number] if self.request.echo and start is None else ""
-            if echo or output.text or output.logprobs or output.finish_reason:
-                self._lengths[index] = (start or 0) + len(output.text)
-                yield {
-                    "index": index,
-                    "text": f"{echo}{output.text}",
-                    "logprobs": _logprobs(output, start or 0) if self.request.logprobs is not None else None,
-                    "finish_reason": output.finish_reason,
-                }
+        if response.prompt_logprobs:
+            self._prompt_tokens[number] = self._named(number, response.prompt_logprobs)
+        for output in response.outputs:
+            index = number * self.request.n + output.index
+            text, tokens = output.text, output.logprobs
+            if not (text or tokens or output.finish_reason):
+                continue
+            if self.request.echo and index not in self._begun:
+                text, tokens = self._echo(number) + text, self._prompt_tokens.get(number, []) + tokens
+            self._begun.add(index)
+            yield {
+                "index": index,
+                "text": text,
+                "logprobs": self._logprobs(index, tokens) if self.request.logprobs is not None else None,
+                "finish_reason": output.finish_reason,
+            }
 
     choices = chunks
     """A whole answer is one chunk."""
 
+    def _named(self, number: int, tokens: list[Token]) -> list[Token]:
+        """With text for the first token, of which nothing is known: what the others leave of the prompt."""
+        prompt, rest = self.request.prompt[number], _text(tokens[1:])
+        first = prompt.removesuffix(rest) if isinstance(prompt, str) and prompt.endswith(rest) else ""
+        return [[{"decoded_token": first, "logprob": None}], *tokens[1:]]
 
-def _logprobs(output: Output, offset: int) -> dict[str, Any]:
-    tokens = [likeliest[0]["decoded_token"] for likeliest in output.logprobs]
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
-    return {
-        "tokens": tokens,
-        "token_logprobs": [likeliest[0]["logprob"] for likeliest in output.logprobs],
-        "top_logprobs": [
-            {each["decoded_token"]: each["logprob"] for each in likeliest} for likeliest in output.logprobs
-        ],
-        "text_offset": offsets,
-    }
+    def _echo(self, number: int) -> str:
+        prompt = self.request.prompt[number]
+        return prompt if isinstance(prompt, str) else _text(self._prompt_tokens[number])
+
+    def _logprobs(self, index: int, tokens: list[Token]) -> dict[str, Any]:
+        texts = [token[0]["decoded_token"] for token in tokens]
+        ends = list(itertools.accumulate(map(len, texts), initial=self._offsets[index]))
+        self._offsets[index] = ends.pop()
+        return {
+            "tokens": texts,
+            "token_logprobs": [token[0]["logprob"] for token in tokens],
+            "top_logprobs": [_likeliest(token) for token in tokens],
+            "text_offset": ends,
+        }
+
+
+def _text(tokens: list[Token]) -> str:
+    return "".join(token[0]["decoded_token"] for token in tokens)
+
+
+def _likeliest(token: Token) -> dict[str, float] | None:
+    """Log-probabilities by text; of several tokens with one text (parts of characters), that of the likeliest."""
+    if token[0]["logprob"] is None:
+        return None
+    return {one["decoded_token"]: one["logprob"] for one in sorted(token, key=itemgetter("logprob"))}

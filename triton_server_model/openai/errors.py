@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastapi import Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from tritonclient.utils import InferenceServerException
 
 from paged_backend.errors import InvalidArgument
@@ -16,6 +17,16 @@ _FIELD = re.compile(r"(?P<field>[a-z_]+)(?P<rest>[\w.\[\]]*=.*)", re.DOTALL)
 """How a message of `InvalidArgument` begins."""
 _OVERLOADED = re.compile(r"overloaded|max_waiting|queue_timeout=")
 _RETRY_SECONDS = "1"
+
+
+class JsonResponse(Response):
+    """JSON in ASCII: a string of a client's, or in the arguments of a tool call, may have half a surrogate pair."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return json.dumps(content).encode()
 
 
 class ApiError(Exception):
@@ -31,10 +42,10 @@ class ApiError(Exception):
         kind = "rate_limit_error" if self.status == 429 else kind
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
+    def response(self) -> Response:
         """The whole answer."""
         headers = {429: {"Retry-After": _RETRY_SECONDS}, 401: {"WWW-Authenticate": "Bearer"}}.get(self.status)
-        return JSONResponse(self.document(), self.status, headers)
+        return JsonResponse(self.document(), self.status, headers)
 
 
 def of_body(error: RequestValidationError) -> ApiError:
@@ -58,18 +69,22 @@ def unknown_model(name: str, served: Sequence[str]) -> ApiError:
 
 def of_server(error: InferenceServerException, fields: Mapping[str, str]) -> ApiError:
     """What the tritonserver answered, or that it did not; `fields` has the client's names of the model's inputs."""
-    message = (error.message() or "no message").removeprefix("Error generating stream: ")
+    message = (error.message() or "").removeprefix("Error generating stream: ")
     match (error.status() or "").removeprefix("StatusCode."):
         case "INVALID_ARGUMENT":
             return _of_argument(message, fields)
-        case "NOT_FOUND":
-            return ApiError(404, message, code="not_found")
         case "UNAVAILABLE" if _OVERLOADED.search(message):
             return ApiError(429, message, code="overloaded")
         case "UNAVAILABLE" if message.startswith("timeout="):
             return ApiError(504, message, code="timeout")
         case "UNAVAILABLE":
             return ApiError(503, message, code="not_ready")
+    # The server's own errors have no status in a stream.
+    if message.startswith("Request for unknown model"):
+        missing = message.endswith("is not found")
+        return ApiError(
+            404 if missing else 503, message, param="model", code="model_not_found" if missing else "not_ready"
+        )
     return ApiError(500, message)
 
 

@@ -12,7 +12,7 @@ from paged_backend.request import SamplingParams
 
 _WITHOUT_EFFECT = frozenset(
     {
-        *("user", "metadata", "store", "service_tier", "safety_identifier"),
+        *("metadata", "store", "service_tier", "safety_identifier"),
         *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
     }
 )
@@ -36,26 +36,29 @@ class GenerationRequest(SamplingParams):
 
     model: str = Field(min_length=1)
     """A model of the tritonserver."""
+    user: str = ""
+    """The request's tenant, for the scheduling policy "fair-share"."""
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
     def __init__(self, /, **data: Any) -> None:
-        given = {name: value for name, value in data.items() if value is not None and name not in _WITHOUT_EFFECT}
-        super().__init__(**given)
+        super().__init__(**{k: v for k, v in data.items() if v is not None and k not in _WITHOUT_EFFECT})
 
     @model_validator(mode="after")
-    def _only_streams_have_options(self) -> Self:
+    def _has_meaning(self) -> Self:
         if "stream_options" in self.model_fields_set and not self.stream:
             raise InvalidArgument("stream_options", self.stream_options.model_dump(), "only allowed with stream=true")
+        if self.prompt_logprobs is not None:
+            raise InvalidArgument("prompt_logprobs", self.prompt_logprobs, "send a completion's echo and logprobs")
         return self
 
     def sampling_parameters(self) -> dict[str, Any]:
-        """The fields of `SamplingParams` that differ from its defaults."""
-        return self.model_dump(mode="json", include=set(SamplingParams.model_fields), exclude_unset=True)
+        """The fields of `SamplingParams` that were given."""
+        return self.model_dump(include=set(SamplingParams.model_fields), exclude_unset=True)
 
     def inputs(self) -> dict[str, str | bool]:
         """The model's input tensors, but for the prompt."""
-        sampling = self.sampling_parameters()
+        sampling = self.sampling_parameters() | ({"tenant": self.user} if self.user else {})
         counts = not self.stream or self.stream_options.include_usage
         return {
             "stream": self.stream,
@@ -68,30 +71,39 @@ class GenerationRequest(SamplingParams):
         }
 
 
-def _prompts(value: object) -> object:
+def _prompts(value: Any) -> Any:
     """A list of prompts, each a string or a list of token ids, from the four forms that OpenAI allows."""
     several = isinstance(value, list) and all(isinstance(prompt, str | list) for prompt in value)
-    prompts: Any = value if several else [value]
+    prompts = value if several else [value]
     for prompt in prompts:
-        if not (isinstance(prompt, str) or (isinstance(prompt, list) and all(type(token) is int for token in prompt))):
+        if not (isinstance(prompt, str) or (isinstance(prompt, list) and all(map(_is_token, prompt)))):
             raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists")
+    if not prompts or not all(prompts):
+        raise ValueError("must not be empty")
     return prompts
+
+
+def _is_token(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
 
 
 class CompletionRequest(GenerationRequest):
     """Body of `POST /v1/completions`."""
 
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)] = Field(min_length=1, max_length=_MOST_PROMPTS)
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)] = Field(max_length=_MOST_PROMPTS)
     echo: bool = False
-    """Begin each text with its prompt."""
+    """Begin each text, and its log-probabilities, with the prompt."""
 
     @model_validator(mode="after")
-    def _echo_is_text(self) -> Self:
-        if self.echo and self.logprobs is not None:
-            raise InvalidArgument("echo", True, "not with logprobs: the prompt's tokens have none")
-        if self.echo and not all(isinstance(prompt, str) for prompt in self.prompt):
-            raise InvalidArgument("echo", True, "only of prompts that are text, not of token ids")
+    def _can_be_echoed(self) -> Self:
+        if self.echo and self.logprobs is None and not all(isinstance(prompt, str) for prompt in self.prompt):
+            raise InvalidArgument("echo", True, "of token ids only with logprobs, from which their text is taken")
         return self
+
+    def sampling_parameters(self) -> dict[str, Any]:
+        """The fields of `SamplingParams` that were given, or follow from others."""
+        fields = super().sampling_parameters()
+        return fields | ({"prompt_logprobs": self.logprobs} if self.echo and self.logprobs is not None else {})
 
 
 def _text(content: object) -> object:
@@ -102,6 +114,10 @@ def _text(content: object) -> object:
         if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
             raise ValueError(f'part {number} must be {{"type": "text", "text": "..."}}; only text is served')
     return "\n".join(part["text"] for part in content)
+
+
+def _role(role: object) -> object:
+    return "system" if role == "developer" else role  # its newer name, which templates do not know
 
 
 class Call(BaseModel):
@@ -124,7 +140,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Annotated[Literal["system", "user", "assistant", "tool"], BeforeValidator(_role)]
     content: Annotated[str, BeforeValidator(_text)] = ""
     tool_calls: list[ToolCall] | None = None
 
@@ -230,10 +246,9 @@ class ChatRequest(GenerationRequest):
         return self
 
     def sampling_parameters(self) -> dict[str, Any]:
-        """The fields of `SamplingParams` that differ from its defaults, under their names there."""
+        """The fields of `SamplingParams` that were given, or follow from others."""
         fields = super().sampling_parameters() | {"max_tokens": self.max_tokens}
-        fields.pop("logprobs", None)
-        if self.logprobs:
+        if fields.pop("logprobs", False):
             fields["logprobs"] = self.top_logprobs
         if structured := self._structured_outputs():
             fields["structured_outputs"] = structured

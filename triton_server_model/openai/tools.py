@@ -73,7 +73,8 @@ class TaggedCalls:
             elif self._parallel or self.calls == 0:
                 yield _call(self.calls, call)
                 self.calls += 1
-        sure = self._held if end and not self.calls else self._held[: -_tag_begun(self._held) or None].rstrip()
+        sure = self._held if end else self._held[: -_tag_begun(self._held) or None]
+        sure = sure if end and not self.calls else sure.rstrip()
         self._held = self._held[len(sure) :]
         yield from self._content(sure)
 
