@@ -88,6 +88,8 @@ class EngineConfig(CheckedModel):
     attention_backend: str = "auto"
     """reference (plain PyTorch), triton (kernels for CUDA GPUs), or auto: triton on a GPU that has the
     shared memory (A100, H100 and later data-centre GPUs); plugins add more."""
+    grammar_backend: str = "auto"
+    """What compiles `SamplingParams.structured_outputs`: llguidance, or auto, which is that; plugins add more."""
     fuse: bool = True
     """With the triton backend, compute models of a known structure with packed weights and fused kernels."""
     cuda_graphs: bool = True
