@@ -191,6 +191,54 @@ def test_logprobs(api: openai.OpenAI, engine: Engine) -> None:
     assert [token for logprobs in streamed if logprobs for token in logprobs.content] == whole
 
 
+PICK = {
+    "type": "object",
+    "properties": {"pick": {"enum": ["fox", "dog"]}},
+    "required": ["pick"],
+    "additionalProperties": False,
+}
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": PICK}} for name in ("hunt", "feed")]
+
+
+def test_response_format(api: openai.OpenAI) -> None:
+    asked = {"model": MODEL_NAME, "messages": MESSAGES, "temperature": 0}
+    schema = {"type": "json_schema", "json_schema": {"name": "pick", "schema": PICK, "strict": True}}
+    (choice,) = api.chat.completions.create(response_format=schema, **asked).choices
+    assert json.loads(choice.message.content)["pick"] in ("fox", "dog")
+    assert choice.finish_reason == "stop"
+    some = {"type": "json_object"}
+    (choice,) = api.chat.completions.create(response_format=some, max_tokens=4, **asked).choices
+    assert choice.message.content.lstrip()[0] == "{"
+    (choice,) = api.completions.create(
+        model=MODEL_NAME, prompt="the", extra_body={"structured_outputs": {"choice": ["fox", "dog"]}}
+    ).choices
+    assert choice.text in ("fox", "dog")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tool_calls(api: openai.OpenAI, *, stream: bool) -> None:
+    named = {"type": "function", "function": {"name": "feed"}}
+    tagged = r'Well\.\n<tool_call>\{"name": "hunt", "arguments": \{"pick": "(fox|dog)"\}\}</tool_call>'
+    for asked, names, content, reason in (
+        ({"tool_choice": named}, {"feed"}, None, "stop"),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, {"hunt", "feed"}, None, "tool_calls"),
+        ({"extra_body": {"structured_outputs": {"regex": tagged}}}, {"hunt"}, "Well.", "tool_calls"),
+    ):
+        with_tools = {"model": MODEL_NAME, "messages": MESSAGES, "tools": TOOLS, "temperature": 0} | asked
+        if stream:
+            with api.chat.completions.stream(**with_tools) as chunks:
+                (choice,) = chunks.get_final_completion().choices
+        else:
+            (choice,) = api.chat.completions.create(**with_tools).choices
+        (call,) = choice.message.tool_calls
+        assert call.function.name in names
+        assert json.loads(call.function.arguments)["pick"] in ("fox", "dog")
+        assert call.id.startswith("call_")
+        assert (choice.message.content or None, choice.finish_reason) == (content, reason)
+        messages = [*MESSAGES, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "done"}]
+        assert api.chat.completions.create(model=MODEL_NAME, messages=messages, max_tokens=1)
+
+
 CHAT: dict[str, Any] = {"messages": MESSAGES}
 TEXT: dict[str, Any] = {"prompt": "the fox"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}
@@ -240,6 +288,12 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "format": (CHAT | {"response_format": {"type": "xml"}}, "response_format.type", "='xml': Input should be 'text'"),
     "no schema": (CHAT | {"response_format": {"type": "json_schema"}}, "response_format", "needs json_schema"),
+    "schema": (
+        CHAT | {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 1}}}},
+        "response_format",
+        """='{"type": 1}': """,
+    ),
+    "regex": (TEXT | {"structured_outputs": {"regex": "("}}, "structured_outputs", "='(': "),
     "template": (CHAT | {"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs", "must be a variable"),
 }
 
@@ -344,16 +398,14 @@ def test_64_streams(front: OpenAIServer, engine: Engine) -> None:
     assert asyncio.run(_many(front, prompts, max_tokens=16, **GREEDY)) == [output.text for output in expected]
 
 
-def test_overload(client: Client, front: OpenAIServer, http: httpx.Client) -> None:
-    """Beyond `max_waiting` there is 429 at once; all others are answered."""
-    answers = asyncio.run(_many(front, ["the fox"] * 128, max_tokens=64, **GREEDY))
-    refused = [answer for answer in answers if not isinstance(answer, str)]
-    assert 0 < len(refused) < 64
-    assert {type(error) for error in refused} == {openai.RateLimitError}
-    assert {error.response.headers["retry-after"] for error in refused} == {"1"}
-    assert all("max_waiting is 64" in error.message for error in refused)
-    assert len({answer for answer in answers if isinstance(answer, str)}) == 1
-    client.await_metric("kv_blocks_used", 0)
+def test_overload(client: Client, api: openai.OpenAI) -> None:
+    """Of more prompts than may run and wait some are refused at once, and so the whole request."""
+    with pytest.raises(openai.RateLimitError, match="max_waiting is 64") as caught:
+        api.completions.create(model=MODEL_NAME, prompt=["the fox"] * 128, **LONG)
+    assert caught.value.response.headers["retry-after"] == "1"
+    assert (caught.value.code, caught.value.type) == ("overloaded", "rate_limit_error")
+    for gauge in ("kv_blocks_used", "requests_running", "requests_waiting"):
+        client.await_metric(gauge, 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])

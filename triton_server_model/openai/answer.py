@@ -6,10 +6,10 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import aclosing
 from operator import itemgetter
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -24,6 +24,8 @@ T = TypeVar("T")
 Responses = AsyncGenerator[tuple[int, client.Response]]
 """Each with the number of its prompt."""
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_GRACE_SECONDS = 0.1
+"""For the errors of a request's other prompts, which should not be cancelled while they are on their way."""
 _ENCODE = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -33,7 +35,7 @@ class Reply(Protocol):
     kind: str
     chunk_kind: str
     id_prefix: str
-    fields: ClassVar[Mapping[str, str]]
+    fields: dict[str, str]
     """Of the model's inputs, the names that this endpoint has for them."""
     request: Any
 
@@ -151,6 +153,7 @@ async def _merged(streams: list[AsyncGenerator[client.Response]]) -> Responses:
         while open_:
             item = await queue.get()
             if isinstance(item, Exception):
+                await asyncio.wait(tasks, timeout=_GRACE_SECONDS)
                 raise item
             if item is None:
                 open_ -= 1

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from operator import itemgetter
-from typing import Any, ClassVar
+from typing import Any
 
 from triton_server_model.openai.client import Inputs, Output, Response
 from triton_server_model.openai.schemas import ChatRequest
@@ -17,10 +17,12 @@ class Chat:
 
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
     id_prefix = "chatcmpl-"
-    fields: ClassVar[Mapping[str, str]] = {"text_input": "messages", "structured_outputs": "response_format"}
 
     def __init__(self, request: ChatRequest) -> None:
         self.request = request
+        self.fields = {"text_input": "messages"} | dict.fromkeys(
+            ["structured_outputs"] * len(request.forms), "".join(request.forms)
+        )
         self._parsers = [parser(request) for _ in range(request.n)]
         self._begun = set[int]()
 

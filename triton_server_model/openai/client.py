@@ -78,17 +78,17 @@ class TritonClient:
         async def requests() -> AsyncIterator[dict[str, Any]]:
             yield {"model_name": model, "request_id": request_id, "inputs": tensors}
 
-        # With this header an error has its status code, and ends the stream: so no stream is shared.
-        ended: set[int] = set()
-        call = self._client.stream_infer(requests(), headers={"triton_grpc_error": "true"})
+        failure, ended = None, set[int]()
+        call = self._client.stream_infer(requests())  # its own stream: only a whole one can be cancelled
         try:
-            # To the end of the stream, not only to the last response: servers leak what is dropped in between.
+            # To the end of the stream, not only to the last response: a server that loses a stream in between may
+            # never be able to unload the model.
             async for result, error in call:
-                if error is not None:
-                    raise error
-                message = result.get_response()
-                if message.outputs:
+                failure = failure or error
+                if error is None and (message := result.get_response()).outputs:
                     yield _response(message, ended)
+            if failure is not None:
+                raise failure
         except grpc.RpcError as error:
             raise InferenceServerException(error.details(), str(error.code())) from None
         finally:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from operator import itemgetter
-from typing import Any, ClassVar
+from typing import Any
 
 from triton_server_model.openai.client import Inputs, Response, Token
 from triton_server_model.openai.schemas import CompletionRequest
@@ -17,10 +17,10 @@ class Completion:
 
     kind = chunk_kind = "text_completion"
     id_prefix = "cmpl-"
-    fields: ClassVar[Mapping[str, str]] = {"text_input": "prompt", "prompt_token_ids": "prompt"}
 
     def __init__(self, request: CompletionRequest) -> None:
         self.request = request
+        self.fields = {"text_input": "prompt", "prompt_token_ids": "prompt"}
         self._begun: set[int] = set()
         """Choices that something was told of."""
         self._prompt_tokens: dict[int, list[Token]] = {}

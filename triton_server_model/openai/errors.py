@@ -13,9 +13,16 @@ from tritonclient.utils import InferenceServerException
 
 from paged_backend.errors import InvalidArgument
 
-_FIELD = re.compile(r"(?P<field>[a-z_]+)(?P<rest>[\w.\[\]]*=.*)", re.DOTALL)
-"""How a message of `InvalidArgument` begins."""
-_OVERLOADED = re.compile(r"overloaded|max_waiting|queue_timeout=")
+_KINDS = [
+    (r"\d+ requests wait already|queue_timeout=\S+: the request was ended", 429, "overloaded"),
+    (r"timeout=\S+: the request was ended", 504, "timeout"),
+    (r"the engine has stopped|the engine was closed|.* has no available versions|.* is not healthy", 503, "not_ready"),
+    (r"Request for unknown model", 404, "model_not_found"),
+    (r".* tokens; at most \d+ are allowed", 400, "context_length_exceeded"),
+    (r"[a-z_]+[\w.\[\]]*=|unexpected inference input", 400, "invalid_value"),
+]
+"""What the messages of the model and of the tritonserver begin with. An error in a stream has no code, unless the
+client sends the header `triton_grpc_error`: but with that, servers (2.51) crash within some thousand errors."""
 _RETRY_SECONDS = "1"
 
 
@@ -70,28 +77,17 @@ def unknown_model(name: str, served: Sequence[str]) -> ApiError:
 def of_server(error: InferenceServerException, fields: Mapping[str, str]) -> ApiError:
     """What the tritonserver answered, or that it did not; `fields` has the client's names of the model's inputs."""
     message = (error.message() or "").removeprefix("Error generating stream: ")
-    match (error.status() or "").removeprefix("StatusCode."):
-        case "INVALID_ARGUMENT":
-            return _of_argument(message, fields)
-        case "UNAVAILABLE" if _OVERLOADED.search(message):
-            return ApiError(429, message, code="overloaded")
-        case "UNAVAILABLE" if message.startswith("timeout="):
-            return ApiError(504, message, code="timeout")
-        case "UNAVAILABLE":
-            return ApiError(503, message, code="not_ready")
-    # The server's own errors have no status in a stream.
-    if message.startswith("Request for unknown model"):
-        missing = message.endswith("is not found")
-        return ApiError(
-            404 if missing else 503, message, param="model", code="model_not_found" if missing else "not_ready"
-        )
+    if error.status() == "StatusCode.UNAVAILABLE":  # of the connection
+        return ApiError(503, message, code="not_ready")
+    for pattern, status, code in _KINDS:
+        if re.match(pattern, message, re.DOTALL):
+            return _named(ApiError(status, message, code=code), fields)
     return ApiError(500, message)
 
 
-def _of_argument(message: str, fields: Mapping[str, str]) -> ApiError:
-    found = _FIELD.match(message)
-    if found is None:
-        return ApiError(400, message)
-    param = fields.get(found["field"], found["field"])
-    code = "context_length_exceeded" if "tokens; at most" in message else "invalid_value"
-    return ApiError(400, param + found["rest"], param=param, code=code)
+def _named(error: ApiError, fields: Mapping[str, str]) -> ApiError:
+    """Bad input with the client's own name of the field."""
+    if error.status == 400 and (found := re.match(r"[a-z_]+(?=[\w.\[\]]*=)", error.message)):
+        error.param = fields.get(found[0], found[0])
+        error.message = error.param + error.message[found.end() :]
+    return error

@@ -236,14 +236,20 @@ class ChatRequest(GenerationRequest):
             raise InvalidArgument("tool_choice", choice.type, "only allowed with tools")
         if choice.function is not None and choice.function.name not in names:
             raise InvalidArgument("tool_choice", choice.function.name, f"must be one of the tools: {', '.join(names)}")
-        forms = [
-            *(["structured_outputs"] if "structured_outputs" in self.model_fields_set else []),
-            *(["response_format"] if self.response_format.type != "text" else []),
-            *(["tool_choice"] if choice.type in ("required", "function") else []),
-        ]
-        if len(forms) > 1:
-            raise InvalidArgument(forms[1], getattr(self, forms[1]).type, f"not together with {forms[0]}")
+        if len(self.forms) > 1:
+            first, second, *_ = self.forms
+            raise InvalidArgument(second, getattr(self, second).type, f"not together with {first}")
         return self
+
+    @property
+    def forms(self) -> list[str]:
+        """Fields that say what the text has to match; one at most."""
+        given = {
+            "structured_outputs": self.structured_outputs is not None,
+            "response_format": self.response_format.type != "text",
+            "tool_choice": self.tool_choice.type in ("required", "function"),
+        }
+        return [name for name, is_given in given.items() if is_given]
 
     def sampling_parameters(self) -> dict[str, Any]:
         """The fields of `SamplingParams` that were given, or follow from others."""
