@@ -40,5 +40,5 @@ $(BIN)/python:
 
 $(STAMP): pyproject.toml constraints/cpu.txt | $(BIN)/python
 	@echo "installing into $(VENV)"
-	@$(PIP) install $(PIP_FLAGS) -c constraints/cpu.txt -e '.[server,openai,demo,guided,bench,dev]'
+	@$(PIP) install $(PIP_FLAGS) -c constraints/cpu.txt -e '.[server,openai,otel,demo,guided,bench,dev]'
 	@touch $@

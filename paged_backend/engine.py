@@ -149,6 +149,10 @@ class Engine:
         """Outputs of the requests of `generate` and `stream`, which no other caller of `step` gets."""
         self._arrivals = itertools.count()
         self._steps = self._computed_tokens = self._output_tokens = 0
+        self._now = 0.0
+        """When the tokens came that are committed."""
+        self._gaps: list[float] = []
+        """How long after the one before each of them came, that is not the first of its request."""
         self.error: Exception | None = None
         """What killed the engine; None while it serves."""
         observer = self.plugins.observer
@@ -190,6 +194,12 @@ class Engine:
                 f"max_tokens={request.params.max_tokens}; the cache has {tables.pool.num_blocks}",
             )
 
+    def check_room(self, arrived: int = 0) -> None:
+        """Raises `Overloaded` when `max_waiting` requests wait, with those that arrived and are not enqueued yet."""
+        waiting, most = len(self._scheduler.waiting) + arrived, self.config.max_waiting
+        if waiting >= most:
+            raise Overloaded(f"{waiting} requests wait already; max_waiting is {most}")
+
     def enqueue(self, request: Request) -> None:
         """Accept a request made by `make_request`, however many wait: from here on it ends exactly once.
 
@@ -224,13 +234,10 @@ class Engine:
     ) -> str:
         """Accept a request and return its id.
 
-        Raises as `make_request` and `enqueue` do, and `Overloaded` when `max_waiting` requests wait.
+        Raises as `make_request`, `check_room` and `enqueue` do.
         """
         request = self.make_request(prompt, params, options, request_id)
-        if len(self._scheduler.waiting) >= self.config.max_waiting:
-            raise Overloaded(
-                f"{len(self._scheduler.waiting)} requests wait already; max_waiting is {self.config.max_waiting}"
-            )
+        self.check_room()
         self.enqueue(request)
         return request.request_id
 
@@ -364,6 +371,7 @@ class Engine:
         step, began = self._in_flight[0], time.perf_counter()
         with held_back.let_in():
             sampled = step.launched.wait()
+        self._now, self._gaps = time.monotonic(), []
         for request, position, scored in step.launched.scores():
             if request.prompt_logprobs is not None:
                 request.prompt_logprobs[position] = as_logprobs(scored, self.tokenizer)
@@ -379,7 +387,7 @@ class Engine:
         self._steps += 1
         self._computed_tokens += step.plan.num_tokens
         self._output_tokens += made
-        self._on_step(stats=StepStats(len(step.plan.slots), step.plan.num_tokens, made, seconds))
+        self._on_step(stats=StepStats(len(step.plan.slots), step.plan.num_tokens, made, seconds, self._gaps))
 
     def _abandon(self) -> None:
         """Wait for the steps in flight, if the device still runs them. What they bring is for nobody."""
@@ -460,8 +468,11 @@ class Engine:
             request.cumulative_logprob = (request.cumulative_logprob or 0.0) + got.logprob
             logprobs = [as_logprobs(got, self.tokenizer)]
         if is_first:
-            request.first_token_time = time.monotonic()
+            request.first_token_time = self._now
             self._on_first_token(request=request)
+        else:
+            self._gaps.append(self._now - request.last_token_time)
+        request.last_token_time = self._now
         reason: FinishReason | None = None
         text, detokenised, grammar = "", live.sequences[request], request.grammar
         is_stop_token = token in request.stop_token_ids
@@ -573,9 +584,11 @@ class Engine:
             blocks_used=pool.num_used,
             blocks_cached=pool.num_cached,
             blocks_total=pool.num_blocks,
+            block_size=self.tables.block_size,
             steps=self._steps,
             computed_tokens=self._computed_tokens,
             cached_tokens=scheduler.num_cached_tokens,
+            queried_tokens=scheduler.num_queried_tokens,
             output_tokens=self._output_tokens,
             preemptions=scheduler.num_preempted,
             swapped=scheduler.num_swapped,

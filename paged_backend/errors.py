@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,6 +20,9 @@ class InvalidArgument(PagedBackendError, ValueError):
         shown = shown if len(shown) <= 200 else f"{shown[:200]}... ({len(shown)} characters)"
         super().__init__(f"{field}={shown}: {allowed}")
         self.field, self.value, self.allowed = field, value, allowed
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, object, str]]:
+        return type(self), (self.field, self.value, self.allowed)
 
 
 class UnsupportedModel(PagedBackendError):

@@ -29,6 +29,7 @@ def output_of(request: Request, token_ids: list[int], text: str, *, finished: bo
         num_cached_tokens=request.num_cached_tokens or 0,
         cumulative_logprob=request.cumulative_logprob,
         arrival_time=request.arrival_time,
+        scheduled_time=request.scheduled_time,
         first_token_time=request.first_token_time,
         end_time=request.end_time,
     )

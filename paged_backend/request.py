@@ -225,6 +225,7 @@ class Request:
     num_preemptions: int = 0
     scheduled_time: float | None = None
     first_token_time: float | None = None
+    last_token_time: float = 0.0
     end_time: float | None = None
     finish_reason: FinishReason | None = None
     error: Exception | None = None
@@ -310,6 +311,8 @@ class RequestOutput:
     """As `logprobs`, for each token of the prompt, [] for the first; with the first token. None unless asked for."""
     arrival_time: float = 0.0
     """`time.monotonic()` seconds."""
+    scheduled_time: float | None = None
+    """When it got its first slot."""
     first_token_time: float | None = None
     end_time: float | None = None
     samples: tuple[RequestOutput, ...] = ()

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from paged_backend.engine import Engine
-from paged_backend.errors import EngineDead, InvalidArgument, Overloaded
+from paged_backend.errors import EngineDead, InvalidArgument
 from paged_backend.intake import Prompt, Spread, spread
 from paged_backend.outputs import Whole, failed
 from paged_backend.request import OutputCallback, Request, RequestOptions, RequestOutput, SamplingParams
@@ -59,9 +59,7 @@ class SharedEngine:
         with self._state:
             if self._closing or self.error is not None:
                 raise EngineDead(f"the engine has stopped: {self.error or 'it was closed'}")
-            waiting, most = self.stats().num_waiting + len(self._arrived), self.engine.config.max_waiting
-            if waiting >= most:
-                raise Overloaded(f"{waiting} requests wait already; max_waiting is {most}")
+            self.engine.check_room(len(self._arrived))
             if request.request_id in self._callbacks:
                 raise InvalidArgument("request_id", request.request_id, "is in use by a request that has not ended")
             self._callbacks[request.request_id] = on_output

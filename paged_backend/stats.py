@@ -16,11 +16,15 @@ class EngineStats:
     blocks_cached: int
     """Held by nobody, but of content that can be found; used, cached and free blocks are all there are."""
     blocks_total: int
+    block_size: int
+    """Tokens of a block."""
     steps: int
     computed_tokens: int
     """Tokens run through the model, recomputation after preemption included."""
     cached_tokens: int
     """Prompt tokens found in the cache instead."""
+    queried_tokens: int
+    """Prompt tokens looked for in the cache."""
     output_tokens: int
     preemptions: int
     swapped: int
@@ -39,3 +43,5 @@ class StepStats:
     num_tokens: int
     output_tokens: int
     seconds: float
+    token_gaps: list[float]
+    """Seconds since the token before, of each token that is not the first of its request."""

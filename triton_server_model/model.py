@@ -1,22 +1,28 @@
-"""The model of Triton's Python backend. A second process imports it for `auto_complete_config` alone: no torch here."""
+"""The model of Triton's Python backend. It imports no torch: the engine has a process of its own."""
 
 from __future__ import annotations
 
-import functools
 import json
+import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter, Metric
 
 from paged_backend.config import EngineConfig
+from paged_backend.engine_process import EngineProcess
 from paged_backend.errors import InvalidArgument, PagedBackendError
+from triton_server_model.logs import TritonLog
+from triton_server_model.metric_families import is_wanted
 from triton_server_model.metrics import MetricsMirror
 from triton_server_model.protocol import parse_request
 from triton_server_model.protocol_table import NAMES, OUTPUTS, declaration
 from triton_server_model.reply import Reply
 from triton_server_model.sender import Sender
+from triton_server_model.server_process import end_with_server, unloads_models
+from triton_server_model.tracing import Tracer
 from triton_server_model.unknown import UnknownParameters
 
 
@@ -36,53 +42,71 @@ class TritonPythonModel:
         return config
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the engine that `engine.json`, in the version directory, describes."""
+        """Load the engine that `engine.json`, in the version directory, describes, in a process of its own."""
+        end_with_server()
+        self._name, self._finalizing = args["model_name"], False
+        self._log = TritonLog(self._name)
+        shows_metrics = is_wanted(args["model_config"])
         path = pathlib.Path(args["model_repository"], args["model_version"], "engine.json")
         try:
-            config = _read_config(path)
-            from paged_backend.engine import Engine
-            from paged_backend.engine_thread import EngineThread
-
-            self._engine = EngineThread(lambda: Engine(config))
+            self._engine = EngineProcess(_read_config(path), environment=_devices(args))
         except (PagedBackendError, OSError, json.JSONDecodeError) as error:
             raise pb_utils.TritonModelException(f"{path}: {error}") from None  # the message says it all
         labels = {"model": args["model_name"], "version": args["model_version"]}
-        self._sender = Sender(self._engine.abort)
-        registry = CollectorRegistry()
-        registry.register(self._engine.engine.metrics.registry)
-        self._unknown = UnknownParameters(registry)
-        self._metrics = MetricsMirror(registry, labels)
+        self._sender, self._tracer = Sender(self._engine, self._on_end), Tracer(self._name)
+        own = CollectorRegistry()
+        self._errors = Counter("paged_backend_error_responses", "Error responses, by code", ["code"], registry=own)
+        for code in ("CANCELLED", "UNAVAILABLE", "INVALID_ARG", "INTERNAL"):
+            self._errors.labels(code)
+        self._unknown = UnknownParameters(own)
+
+        def collect() -> Iterator[Metric]:
+            yield from self._engine.collect()
+            yield from own.collect()
+
+        self._metrics = MetricsMirror(collect, labels) if shows_metrics else None
 
     def execute(self, requests: list[Any]) -> None:
         """Hand each request to the engine, or answer it at once with what is wrong with it."""
         for request in requests:
-            reply = Reply(request.get_response_sender())
+            reply = Reply(request.get_response_sender(), request.request_id(), self._errors)
             try:
                 inputs = {tensor.name(): tensor.as_numpy().tolist() for tensor in request.inputs()}
                 parameters = json.loads(request.parameters() or "{}")
                 generation = parse_request(inputs, parameters, request.timeout())
-                reply.begin(generation)
                 self._unknown.count(generation.unknown)
-                request_id = self._engine.submit(
-                    generation.prompt,
-                    generation.params,
-                    generation.options,
-                    on_output=functools.partial(self._sender.put, reply),
-                )
+                reply.begin(generation, self._tracer.follow(request, generation.params))
+                self._sender.submit(reply, generation.prompt, generation.params, generation.options)
             except Exception as error:
                 reply.fail(error)
-            else:
-                self._sender.watch(reply, request_id)
 
     def is_ready(self) -> bool:
         """Whether the engine lives. Servers from 26.03 ask."""
         return self._engine.error is None
 
     def finalize(self) -> None:
-        """End all threads. Triton calls this after every request's final response."""
+        """End all threads and the engine's process. Triton calls this after every request's final response."""
+        self._finalizing = True
         self._engine.close()
-        self._sender.close()
-        self._metrics.close()
+        self._sender.join()
+        if self._metrics is not None:
+            self._metrics.close()
+        self._tracer.close()
+        self._log.close()
+
+    def _on_end(self) -> None:
+        """The engine has died: stop being ready, where the server lets a model do so."""
+        if not self._finalizing and unloads_models():
+            pb_utils.unload_model(self._name)
+
+
+def _devices(args: dict[str, str]) -> dict[str, str]:
+    """Environment of the engine's process: of KIND_GPU, it sees the instance's GPU alone."""
+    if args["model_instance_kind"] != "GPU":
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    device = args["model_instance_device_id"]  # counts the ones that the server sees
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[int(device)] if visible else device}
 
 
 def _read_config(path: pathlib.Path) -> EngineConfig:

@@ -1,10 +1,11 @@
-"""Adds `serve` and `bench serving` to the `paged-backend` command line.
+"""Adds `serve`, `top` and `bench serving` to the `paged-backend` command line.
 
 Imported at every start of it, so heavy imports are inside.
 """
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from contextlib import ExitStack
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
 
 @hookimpl
 def paged_cli_commands(app: typer.Typer) -> None:
-    """Add `paged-backend serve` and `paged-backend bench serving`."""
+    """Add `paged-backend serve`, `paged-backend top` and `paged-backend bench serving`."""
     from paged_backend.bench import commands as bench
     from triton_server_model.bench_commands import serving
 
     app.command()(serve)
+    app.command()(top)
     bench.app.command()(serving)
 
 
@@ -103,6 +105,31 @@ def serve(
                 time.sleep(0.5)
     except KeyboardInterrupt:
         console.print("stopped")
+
+
+def top(
+    metrics: Annotated[str, typer.Option(help="The server's metrics port.")] = "http://127.0.0.1:8002/metrics",
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one table, of two looks, and exit.")] = False,
+) -> None:
+    """Show what a server's engines are doing until Ctrl-C: load, KV cache, tokens/s, latencies."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from triton_server_model.top import Watch
+
+    watch = Watch(metrics)
+    watch.look()
+    if once:
+        time.sleep(interval)
+        watch.look()
+        Console().print(watch.table(of_all_time=True))
+        return
+    with contextlib.suppress(KeyboardInterrupt), Live(watch.table(), auto_refresh=False) as live:
+        while True:
+            time.sleep(interval)
+            watch.look()
+            live.update(watch.table(), refresh=True)
 
 
 def _show_ready(console: Console, server: TritonServer, *, example: bool) -> None:

@@ -6,19 +6,22 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from paged_backend.errors import DeadlineExceeded, EngineDead, InvalidArgument, Overloaded
-from paged_backend.intake import Prompt
+from paged_backend.errors import CheckedModel, DeadlineExceeded, EngineDead, InvalidArgument, Overloaded
 from paged_backend.request import RequestOptions, SamplingParams
 from paged_backend.text.chat import Chat
 from triton_server_model.protocol_table import NAMES, OUTPUTS, Name, WireOptions
 
+if TYPE_CHECKING:
+    from paged_backend.intake import Prompt
+
 _NAMES = {name.name: name for name in NAMES}
 _PREFIXES = tuple(name.removesuffix("*") for name in _NAMES if name.endswith("*"))
 _PROMPTS = ("text_input", "prompt_token_ids", "messages")
-_JSON_LISTS = ("stop_token_ids", "allowed_token_ids")
+_ID_LISTS = ("stop_token_ids", "allowed_token_ids")
 _OBJECTS = ("logit_bias", "structured_outputs")
+_NOT_SCALAR = ("stop", "bad_words", *_ID_LISTS, *_OBJECTS)
 _GUIDES = {"json_schema": "json", "regex": "regex", "ebnf_grammar": "grammar"}
 
 
@@ -66,15 +69,14 @@ def parse_request(inputs: Mapping[str, Sequence[Any]], parameters: Mapping[str, 
             _refuse_unknown(name, spoken[name])
     fields = _fields(known) | _fields(spoken) | _fields(tensors)
 
-    wire = WireOptions(**{name: fields[name] for name in fields.keys() & WireOptions.model_fields.keys()})
-    # The names of RequestOptions that count seconds are not of the protocol.
+    wire = WireOptions(**_of(WireOptions, fields))
+    params = _completed(SamplingParams(**_guided(wire, _of(SamplingParams, fields))), wire)
+    # On the wire, timeouts are no seconds.
     options: dict[str, Any] = {name: fields[name] for name in ("priority", "tenant", "cache_salt") if name in fields}
     if milliseconds := wire.timeout_ms or (wire.timeout or timeout) / 1000:
         options["timeout"] = milliseconds / 1000
     if wire.queue_timeout_ms:
         options["queue_timeout"] = wire.queue_timeout_ms / 1000
-    sampling = {name: fields[name] for name in fields.keys() & SamplingParams.model_fields.keys()}
-    params = _completed(SamplingParams(**_guided(wire, sampling)), wire)
     return Generation(
         prompt,
         params,
@@ -158,6 +160,8 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
                 raise InvalidArgument(key, value, f"not supported by this model{hint}")
             continue
         field = name.field or key
+        if value == "" and field in _NOT_SCALAR:
+            continue
         if field in fields:
             raise InvalidArgument(key, value, f"not together with {names[field]}, which means the same")
         names[field] = key
@@ -165,14 +169,16 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def _of(model: type[CheckedModel], fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name in model.model_fields}
+
+
 def _coerced(field: str, value: Any) -> Any:
     """Lists and objects from the scalars that request parameters can be; pydantic does the rest."""
-    if field in ("stop", "bad_words") and value == "":
-        return ()
     if field in _OBJECTS and isinstance(value, str):
-        return _json(dict, field, value or "{}")
-    if field in _JSON_LISTS and type(value) in (str, int):
-        parsed = _json(list | int, field, value or "[]") if isinstance(value, str) else value
+        return _json(dict, field, value)
+    if field in _ID_LISTS and type(value) in (str, int):
+        parsed = _json(list | int, field, value) if isinstance(value, str) else value
         return (parsed,) if isinstance(parsed, int) else parsed
     return value
 
@@ -198,7 +204,7 @@ def _completed(params: SamplingParams, wire: WireOptions) -> SamplingParams:
         more["logprobs"] = 0
     if wire.end_id is not None and wire.end_id >= 0 and not params.ignore_eos:
         more["stop_token_ids"] = (*params.stop_token_ids, wire.end_id)
-    return params.model_copy(update=more)
+    return params.model_copy(update=more) if more else params
 
 
 def _objects(field: str, text: str) -> list[dict[str, Any]]:

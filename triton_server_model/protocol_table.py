@@ -263,8 +263,10 @@ the answer.
 _ERRORS = """\
 ## Errors
 
-A request that fails has the error as its last response; others go on. Over gRPC its code is a status if the client
-sends the header `triton_grpc_error: true`; HTTP answers 400 to all.
+A request that fails has the error as its last response; others go on. HTTP answers 400 to all. Over gRPC the code
+comes only to clients that send the header `triton_grpc_error: true`: measured on tritonserver 2.51, that makes the
+server crash now and then (SIGSEGV) when errors come on several streams; and there a model that calls this one sees
+INTERNAL for all. So tell errors apart by their messages, on that release.
 
 | code | when |
 | --- | --- |

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
+from prometheus_client import Counter
 
 from paged_backend.errors import InvalidArgument
 from paged_backend.request import Logprob, RequestOutput
@@ -48,17 +49,19 @@ class _Sequence:
 class Reply:
     """Turns one request's outputs into responses, of which exactly one is the final one."""
 
-    def __init__(self, responses: Any) -> None:
-        """`responses` is Triton's response sender."""
-        self.responses = responses
+    def __init__(self, responses: Any, request_id: str, errors: Counter) -> None:
+        """`responses` is Triton's response sender, `request_id` the client's or empty; `errors` counts them by code."""
+        self.responses, self.request_id, self._errors = responses, request_id, errors
         self.open = True
         """Whether the final response has not been sent."""
+        self._trace: Callable[[Sequence[RequestOutput]], None] | None = None
         self._stream, self._asked, self._logprobs = False, tuple[str, ...](), False
         self._prompt_input, self._prompt_logprobs = "text_input", list[list[Logprob]]()
         self._sequences: list[_Sequence] = []
 
-    def begin(self, generation: Generation) -> None:
-        """What was asked for, before the first output."""
+    def begin(self, generation: Generation, trace: Callable[[Sequence[RequestOutput]], None] | None) -> None:
+        """What was asked for, before the first output. `trace` is told the outputs, too."""
+        self._trace = trace
         self._stream, self._asked = generation.stream, generation.asked
         self._logprobs = generation.params.logprobs is not None
         self._prompt_input = generation.prompt_input
@@ -66,6 +69,8 @@ class Reply:
 
     def add(self, outputs: Sequence[RequestOutput]) -> None:
         """Send what came since, in one response; without `stream`, only once all is there."""
+        if self._trace is not None:
+            self._trace(outputs)
         if not self.open:
             return
         ended = False
@@ -89,8 +94,9 @@ class Reply:
         message = str(error) if isinstance(error, Cancelled) else f"Error generating stream: {error}"
         message = message.encode(errors="backslashreplace").decode()  # a JSON key may be half a surrogate pair
         name = error_code(error)
+        self._errors.labels(name).inc()
         if name == "INTERNAL":
-            logger.error("a request failed", exc_info=error)
+            logger.error("the request failed", exc_info=error, extra={"request_id": self.request_id})
         code = getattr(pb_utils.TritonError, name, None)  # servers before 23.11 have no codes
         triton_error = pb_utils.TritonError(message) if code is None else pb_utils.TritonError(message, code)
         self._send([], final=True, error=triton_error)

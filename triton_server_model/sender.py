@@ -2,92 +2,104 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
-import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
-from paged_backend.request import RequestOutput
+from paged_backend.engine_process import EngineProcess
+from paged_backend.request import RequestOptions, RequestOutput, SamplingParams
 from triton_server_model.reply import Reply
+
+if TYPE_CHECKING:
+    from paged_backend.intake import Prompt
 
 logger = logging.getLogger(__name__)
 
-_GATHER_SECONDS = 0.001
-"""Pause before each round: the outputs of one step arrive together. Bursts overrun the server's HTTP front end."""
+_PAUSE_SECONDS = 0.001
+"""After each round of responses: without any pause they overrun the server's HTTP front end."""
 _POLL_SECONDS = 0.025
 _POLLS = 64
 """Requests asked about each time at most: `is_cancelled` is a 10 us call to another process."""
+_IDLE_SECONDS = 0.1
 
 
 class Sender:
     """Sends the outputs of all requests from one thread, and polls all open requests for cancellation.
 
     A send blocks for tens of microseconds. Outputs that come meanwhile for one request leave as one response, so a slow
-    server costs responses, never steps of the engine.
+    server costs responses, never steps of the engine. The thread ends with the engine, when every request is answered.
     """
 
-    def __init__(self, abort: Callable[[str], None]) -> None:
-        self._abort = abort
-        self._queue: queue.SimpleQueue[tuple[Reply, RequestOutput | str] | None] = queue.SimpleQueue()
-        self._watched: deque[tuple[Reply, str]] = deque()
+    def __init__(self, engine: EngineProcess, on_end: Callable[[], None]) -> None:
+        """`on_end` is the last thing that the thread calls."""
+        self._engine, self._on_end = engine, on_end
+        self._names = itertools.count()
+        self._replies: dict[str, Reply] = {}
+        self._watched: deque[str] = deque()
         self._next_poll = 0.0
         self._thread = threading.Thread(target=self._run, name="paged-sender", daemon=True)
         self._thread.start()
 
-    def put(self, reply: Reply, output: RequestOutput) -> None:
-        """Hand over an output to send; never blocks."""
-        self._queue.put((reply, output))
+    def submit(self, reply: Reply, prompt: Prompt, params: SamplingParams, options: RequestOptions) -> None:
+        """Run a request that `reply` answers. Raises `EngineDead`, with nothing accepted."""
+        request_id = f"request-{next(self._names)}"
+        self._replies[request_id] = reply  # before its first output comes
+        try:
+            self._engine.submit(request_id, prompt, params, options)
+        except BaseException:
+            del self._replies[request_id]
+            raise
+        self._watched.append(request_id)
 
-    def watch(self, reply: Reply, request_id: str) -> None:
-        """Abort `request_id` when its client cancels."""
-        self._queue.put((reply, request_id))
-
-    def close(self) -> None:
-        """Send what was put and end the thread."""
-        self._queue.put(None)
+    def join(self) -> None:
+        """Wait for the end of the thread, after that of the engine."""
         self._thread.join()
 
     def _run(self) -> None:
-        running = True
-        while running:
-            pending: dict[Reply, list[RequestOutput]] = {}
-            for item in self._take():
-                match item:
-                    case None:
-                        running = False
-                    case reply, str(request_id):
-                        self._watched.append((reply, request_id))
-                    case reply, output:
-                        pending.setdefault(reply, []).append(output)
-            for reply, outputs in pending.items():
-                self._try(Reply.add, reply, outputs, outputs[-1].request_id)
+        while self._engine.error is None:
+            pending: dict[str, list[RequestOutput]] = {}
+            for output in self._engine.receive(_POLL_SECONDS if self._watched else _IDLE_SECONDS):
+                pending.setdefault(output.request_id, []).append(output)
+            for request_id, outputs in pending.items():
+                self._answer(request_id, outputs)
             if time.monotonic() >= self._next_poll:
-                for reply, request_id in [self._watched.popleft() for _ in range(min(_POLLS, len(self._watched)))]:
-                    self._try(self._poll, reply, request_id, request_id)
+                for _ in range(min(_POLLS, len(self._watched))):
+                    self._poll(self._watched.popleft())
                 self._next_poll = time.monotonic() + _POLL_SECONDS
+            if pending:
+                time.sleep(_PAUSE_SECONDS)
+        self._on_end()
 
-    def _try(self, action: Callable[[Reply, Any], None], reply: Reply, argument: object, request_id: str) -> None:
+    def _answer(self, request_id: str, outputs: list[RequestOutput]) -> None:
+        reply, last = self._replies[request_id], outputs[-1]
+        if last.finished:
+            del self._replies[request_id]
         try:
-            action(reply, argument)
-        except Exception:  # ends this request alone, never the thread
-            logger.exception("request %s cannot be answered; it is aborted", request_id)
-            self._abort(request_id)
+            reply.add(outputs)
+            if not (reply.open or last.finished):  # one of several outputs has failed
+                self._engine.abort(request_id)
+        except Exception as error:  # ends this request alone, never the thread
+            extra = {"request_id": reply.request_id}
+            logger.exception("%s cannot be answered; it is aborted", request_id, extra=extra)
+            self._engine.abort(request_id)
+            with contextlib.suppress(Exception):
+                reply.fail(error)
 
-    def _take(self) -> list[tuple[Reply, RequestOutput | str] | None]:
-        try:
-            items = [self._queue.get(timeout=_POLL_SECONDS if self._watched else None)]
-        except queue.Empty:
-            return []
-        time.sleep(_GATHER_SECONDS)
-        return items + [self._queue.get_nowait() for _ in range(self._queue.qsize())]
-
-    def _poll(self, reply: Reply, request_id: str) -> None:
-        if not reply.open:
+    def _poll(self, request_id: str) -> None:
+        reply = self._replies.get(request_id)
+        if reply is None:
             return
-        if reply.responses.is_cancelled():
-            self._abort(request_id)  # its last output, "abort", ends the reply
+        try:
+            cancelled = reply.responses.is_cancelled()
+        except Exception:
+            logger.exception("%s cannot be asked about; it is aborted", request_id)
+            cancelled = True
+        if cancelled:
+            self._engine.abort(request_id)  # its last output, "abort", ends the reply
         else:
-            self._watched.append((reply, request_id))
+            self._watched.append(request_id)

@@ -55,8 +55,8 @@ class Scheduler:
         self._prefers_whole = prefers_whole
         self._displaces = type(policy).displaces is not SchedulingPolicy.displaces
         self.waiting = WaitingQueue(policy)
-        self.num_preempted = self.num_swapped = self.num_cached_tokens = 0
-        """Since the start; the last counts prompt tokens that were not computed."""
+        self.num_preempted = self.num_swapped = self.num_cached_tokens = self.num_queried_tokens = 0
+        """Since the start; the last two count prompt tokens: found in the cache, and looked for there."""
         num_slots = tables.array.shape[1]
         self._requests: list[Request | None] = [None] * num_slots
         self._num_running = 0
@@ -299,6 +299,7 @@ class Scheduler:
         if request.num_cached_tokens is None:
             request.num_cached_tokens = start
             self.num_cached_tokens += start
+            self.num_queried_tokens += num_tokens
         count = min(num_tokens - start, budget)
         self._occupy(request, slot, start)
         self._drop_swapped(request)

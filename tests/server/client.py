@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from triton_server_model.launcher import MODEL_NAME, TritonServer
 
 ENGINE = {"dtype": "float32", "device": "cpu", "max_num_seqs": 16, "max_waiting": 64, "num_blocks": 512}
+ENGINE |= {"scheduling_policy": "priority"}
 CONTEXT = 512
 
 
@@ -23,25 +24,28 @@ class Stream:
     """One request on a gRPC stream of its own."""
 
     def __init__(
-        self, address: str, inputs: list[Any], parameters: dict[str, Any] | None, *, codes: bool = False, **request: Any
+        self,
+        address: str,
+        inputs: list[Any],
+        parameters: dict[str, Any] | None,
+        model: str = MODEL_NAME,
+        **request: Any,
     ) -> None:
-        """`codes`: errors come with their status code, and end the stream."""
         self.chunks: list[str] = []
         """Texts of the first output."""
         self.responses: list[dict[str, Any]] = []
         """All outputs by name, as lists; strings decoded."""
         self.error: str | None = None
-        self.code: str | None = None
         self.finals = 0
         self._heard = threading.Condition()
         self._client = triton.InferenceServerClient(address, channel_args=[("grpc.enable_http_proxy", 0)])
-        self._client.start_stream(self._receive, headers={"triton_grpc_error": "true"} if codes else None)
-        self._client.async_stream_infer(MODEL_NAME, inputs, parameters=parameters, **request)
+        self._client.start_stream(self._receive)
+        self._client.async_stream_infer(model, inputs, parameters=parameters, **request)
 
     def _receive(self, result: Any, error: Any) -> None:
         with self._heard:
             if error is not None:
-                self.error, self.code = error.message(), error.status()
+                self.error = error.message()
             else:
                 response = result.get_response()
                 self.finals += response.parameters["triton_final_response"].bool_param
@@ -107,10 +111,17 @@ class Client:
         (outputs,) = stream.responses
         return outputs
 
+    def refusal(self, text: str | bytes | None = None, **request: Any) -> str:
+        """The error of a request."""
+        stream = self.stream(text, **request)
+        stream.finish()
+        assert stream.error is not None
+        return stream.error
+
     def generate(self, body: dict[str, Any]) -> httpx.Response:
         return self.http.post(f"/v2/models/{MODEL_NAME}/generate", json=body)
 
-    def metric(self, name: str, **labels: str) -> float | None:
+    def metric(self, name: str, /, **labels: str) -> float | None:
         """A `paged_backend_` sample on the metrics port; None where there is no such sample."""
         text = httpx.get(f"http://{self.server.address('metrics')}/metrics", trust_env=False).text
         for family in text_string_to_metric_families(text):
@@ -119,7 +130,14 @@ class Client:
                     return sample.value
         return None
 
-    def await_metric(self, name: str, value: float | None, **labels: str) -> None:
+    def settle(self) -> None:
+        """Wait until the metrics port shows all that happened before."""
+        labels = {"name": "test_settle"}
+        count = self.metric("unknown_parameters_total", **labels) or 0
+        self.ask("x", parameters={"test_settle": 1, "max_tokens": 1})
+        self.await_metric("unknown_parameters_total", count + 1, **labels)
+
+    def await_metric(self, name: str, value: float | None, /, **labels: str) -> None:
         eventually(lambda: self.metric(name, **labels) == value, lambda: f"{name} is {self.metric(name, **labels)}")
 
 

@@ -1,0 +1,179 @@
+"""The process of an engine: `python -m paged_backend.engine_worker FILE_DESCRIPTOR`, started by `EngineProcess`."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import logging.handlers
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from paged_backend.engine_messages import Abort, Collect, Families, Loaded, Packer, Submit, portable
+from paged_backend.errors import EngineDead, PagedBackendError
+from paged_backend.outputs import failed
+
+if TYPE_CHECKING:
+    from paged_backend.config import EngineConfig
+    from paged_backend.engine import Engine
+    from paged_backend.request import Request, RequestOutput
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_SECONDS = 10
+"""After which a process that was told to end does so in the middle of a step."""
+_ORPHAN_SECONDS = 1
+"""The same, when there is nobody left to answer."""
+_SWITCH_SECONDS = 0.0005
+"""How long one thread may keep the interpreter when another wants it. Each request that is taken in wants it a few
+times, and Python's 5 ms add up where hundreds arrive while the engine is busy; nor is the engine to wait for them."""
+
+
+class Worker:
+    """An engine on the main thread; a thread that takes in what the owner sends, and one that sends outputs."""
+
+    def __init__(self, owner: Connection) -> None:
+        self._owner = owner
+        self._engine: Engine
+        self._submitted: list[Request] = []
+        self._aborted: list[str] = []
+        self._closing = False
+        self._state = threading.Condition()  # guards these three
+        self._outbox: queue.SimpleQueue[
+            list[RequestOutput] | Families | Loaded | logging.LogRecord | Exception | None
+        ] = queue.SimpleQueue()
+
+    def run(self, config: EngineConfig) -> None:
+        """Make the engine, say whether that went well, and step it until the owner closes its end."""
+        reader = threading.Thread(target=self._read, name="paged-reader", daemon=True)
+        reader.start()  # at once: the owner may go away while the model is being loaded
+        writer = threading.Thread(target=self._write, name="paged-writer", daemon=True)
+        writer.start()
+        self._log()
+        try:
+            from paged_backend.engine import Engine
+
+            self._engine = Engine(config)
+        except Exception as error:
+            if not isinstance(error, PagedBackendError):
+                logger.exception("the engine could not be made")
+            self._outbox.put(Loaded(portable(error)))
+        else:
+            self._outbox.put(Loaded(None))
+            try:
+                self._serve(self._engine)
+            except Exception as error:
+                logger.exception("the engine failed in an unforeseen way")
+                self._outbox.put(_dead(error))
+        self._outbox.put(None)
+        writer.join()
+
+    def _log(self) -> None:
+        """The owner logs what is logged here, as it logs what it says itself."""
+        logging.getLogger().addHandler(logging.handlers.QueueHandler(self._outbox))
+        for name in ("paged_backend", "paged_kernels"):
+            logging.getLogger(name).setLevel(logging.INFO)
+
+    def _serve(self, engine: Engine) -> None:
+        while engine.error is None:
+            with self._state:
+                while not (self._submitted or self._aborted or self._closing or engine.has_work):
+                    self._state.wait()
+                for request in self._submitted:
+                    engine.enqueue(request)
+                for request_id in self._aborted:
+                    engine.abort(request_id)
+                self._submitted.clear()
+                self._aborted.clear()
+                closing = self._closing
+            if closing:
+                engine.close()
+            outputs = engine.step()
+            if engine.error is not None and not closing:
+                for output in outputs:
+                    output.error = _dead(engine.error) if output.error is engine.error else output.error
+            self._outbox.put(outputs)
+        if not closing:
+            self._outbox.put(_dead(engine.error))
+
+    def _read(self) -> None:
+        parent = os.getppid()
+        try:
+            while True:
+                self._obey(self._owner.recv())
+        except (EOFError, OSError):
+            pass
+        except Exception:
+            logger.exception("commands cannot be read")
+        with self._state:
+            self._closing = True
+            self._state.notify()
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        while time.monotonic() < deadline and os.getppid() == parent:
+            time.sleep(0.1)
+        time.sleep(_ORPHAN_SECONDS)
+        os._exit(1)
+
+    def _obey(self, command: Submit | Abort | Collect) -> None:
+        match command:
+            case Submit():
+                self._accept(command)
+            case Abort(request_ids):
+                with self._state:
+                    self._aborted += request_ids
+                    self._state.notify()
+            case Collect():
+                self._outbox.put(Families(list(self._engine.metrics.registry.collect())))
+
+    def _accept(self, command: Submit) -> None:
+        try:
+            request_id, prompt, params, options = command
+            request = self._engine.make_request(prompt, params, options, request_id)
+            with self._state:
+                self._engine.check_room(len(self._submitted))
+                self._submitted.append(request)
+                self._state.notify()
+        except Exception as error:  # a plugin's filter may raise anything
+            self._outbox.put([failed(command.request_id, error)])
+
+    def _write(self) -> None:
+        packer = Packer()
+        try:
+            while (item := self._outbox.get()) is not None:
+                message = packer.pack(item) if isinstance(item, list) else item
+                self._owner.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+        except OSError:
+            return  # the owner has gone, as the reader sees too
+        except BaseException:
+            traceback.print_exc()  # the log would go the same way
+            os._exit(1)  # so that nobody waits for them
+
+
+def _dead(error: Exception) -> EngineDead:
+    return EngineDead(f"the engine has stopped: {error}")
+
+
+def main() -> None:
+    """Serve the owner at the other end of the file descriptor that is the first argument."""
+    faulthandler.enable()
+    # A Ctrl-C in the terminal, or a shutdown of the machine, is for the server: it ends us when its requests are done.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    owner = Connection(int(sys.argv[1]))
+    os.set_inheritable(owner.fileno(), False)  # or a process started here would keep the pipe open
+    Worker(owner).run(owner.recv())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a broken device can hang the interpreter's own way out
+
+
+if __name__ == "__main__":
+    main()
