@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from triton_server_model.launcher import TritonServer
+    from triton_server_model.openai.server import OpenAIServer
 
 
 @hookimpl
@@ -97,9 +98,7 @@ def serve(
                 stack.enter_context(server)
                 if front is not None:
                     stack.enter_context(front)
-            _show_ready(console, server, example=repository is None)
-            if front is not None:
-                _show_openai(console, front.address, key=api_key is not None)
+            _show_ready(console, server, front, example=repository is None)
             while True:
                 server.check()
                 time.sleep(0.5)
@@ -132,24 +131,21 @@ def top(
             live.update(watch.table(), refresh=True)
 
 
-def _show_ready(console: Console, server: TritonServer, *, example: bool) -> None:
+def _show_ready(console: Console, server: TritonServer, front: OpenAIServer | None, *, example: bool) -> None:
     from triton_server_model.launcher import MODEL_NAME
 
     http = f"http://{server.address('http')}"
     console.print(f"ready, Ctrl-C stops\n  HTTP     {http}\n  gRPC     {server.address('grpc')}")
     console.print(f"  metrics  http://{server.address('metrics')}/metrics")
+    if front is not None:
+        console.print(f"  OpenAI   http://{front.address}/v1")
     if not example:
         return
     body = '{"text_input": "The capital of France is", "parameters": {"max_tokens": 16, "temperature": 0}}'
     console.print(f"try\n  curl -s {http}/v2/models/{MODEL_NAME}/generate -d '{body}'")
-
-
-def _show_openai(console: Console, address: str, *, key: bool) -> None:
-    from triton_server_model.launcher import MODEL_NAME
-
-    authorization = ' -H "Authorization: Bearer $PAGED_BACKEND_API_KEY"' if key else ""
-    body = f'{{"model": "{MODEL_NAME}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
-    console.print(f"OpenAI's API at http://{address}/v1, try")
-    console.print(
-        f"  curl -s http://{address}/v1/chat/completions{authorization} -H 'Content-Type: application/json' -d '{body}'"
-    )
+    if front is not None:
+        key = "-H 'Authorization: Bearer '$PAGED_BACKEND_API_KEY " if front.has_key else ""
+        messages = '[{"role": "user", "content": "What is the capital of France?"}]'
+        body = f'{{"model": "{MODEL_NAME}", "messages": {messages}}}'
+        address = f"http://{front.address}/v1/chat/completions"
+        console.print(f"  curl -s {address} {key}-H 'Content-Type: application/json' -d '{body}'")

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,18 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from tritonclient.utils import InferenceServerException
 
 from paged_backend import models
 from paged_backend.config import EngineConfig
 from paged_backend.engine import Engine
-from paged_backend.request import SamplingParams
+from paged_backend.errors import EngineDead
+from paged_backend.request import RequestOptions, SamplingParams
 from paged_backend.text.chat import Chat
 from tests.server.client import CONTEXT, ENGINE, Client, eventually
 from tests.server.test_lifecycle import Cli
 from triton_server_model.launcher import MODEL_NAME, TritonServer, free_ports
+from triton_server_model.openai.errors import of_server
 from triton_server_model.openai.server import OpenAIServer
 
 GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
@@ -265,6 +269,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "prompt": ({"prompt": [1, "a"]}, "prompt", "=[1, 'a']: must be a string, a list of strings, a list of token ids"),
     "token": ({"prompt": [1, 999]}, "prompt", "prompt[1]=999: must be a token id in 0.."),
     "engine's": (TEXT | {"n": 99}, "n", "n=99: at most max_num_seqs=16"),
+    "user": (TEXT | {"user": "x" * 257}, "user", "String should have at most 256 characters"),
     "stop": (TEXT | {"stop": ["a", ""]}, "stop.1", "stop.1='': String should have at least 1 character"),
     "options": (TEXT | {"stream": False, "stream_options": {}}, "stream_options", "only allowed with stream=true"),
     "prompt_logprobs": (TEXT | {"prompt_logprobs": 1}, "prompt_logprobs", "send a completion's echo and logprobs"),
@@ -335,6 +340,7 @@ def test_not_found(api: openai.OpenAI, http: httpx.Client) -> None:
         assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
     assert http.get("/v1/engines").json()["error"]["message"] == "GET /v1/engines: Not Found"
     assert http.get("/v1/completions").status_code == 405
+    assert "/v1/chat/completions" in http.get("/openapi.json").json()["paths"]
 
 
 def test_api_key(client: Client) -> None:
@@ -378,6 +384,51 @@ def test_no_server_behind() -> None:
             http.post("/v1/completions", json={"model": "m", "prompt": "x", "stream": stream}) for stream in (0, 1)
         ]
         assert [(answer.status_code, answer.json()["error"]["code"]) for answer in answers] == [(503, "not_ready")] * 4
+
+
+def test_errors_of_the_engine(tiny_llama_dir: Path) -> None:
+    """They are told apart by what they say."""
+    engine = Engine(EngineConfig(model=str(tiny_llama_dir), **ENGINE))
+    told = {}
+    for options in ({"queue_timeout": 1e-9}, {"timeout": 1e-9}):
+        engine.add_request("the fox", options=RequestOptions(**options))
+        (output,) = engine.step()
+        told |= {options.popitem()[0]: output.error}
+    engine.close()
+    with pytest.raises(EngineDead) as caught:
+        engine.add_request("the fox")
+    told |= {"dead": caught.value, "bug": ZeroDivisionError("division by zero")}
+    answers = {
+        name: of_server(InferenceServerException(f"Error generating stream: {error}"), {})
+        for name, error in told.items()
+    }
+    assert {name: answer.status for name, answer in answers.items()} == {
+        "queue_timeout": 429,
+        "timeout": 504,
+        "dead": 503,
+        "bug": 500,
+    }
+    assert answers["bug"].document()["error"] == {
+        "message": "division by zero",
+        "type": "server_error",
+        "param": None,
+        "code": None,
+    }
+
+
+def test_several_processes(client: Client) -> None:
+    """For servers that are there already."""
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "uvicorn", "--factory", "triton_server_model.openai.app:from_environment"]
+    environment = {**os.environ, "PAGED_BACKEND_GRPC": client.server.address("grpc")}
+    process = subprocess.Popen([*command, "--port", str(port), "--workers", "2"], env=environment)
+    try:
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=100) as api:
+            assert api.completions.create(model=MODEL_NAME, prompt="the fox", max_tokens=1).choices
+    finally:
+        process.terminate()
+        process.wait(20)
+    assert process.returncode in (0, -signal.SIGTERM)
 
 
 async def _many(front: OpenAIServer, prompts: list[str], **asked: Any) -> list[str | openai.APIStatusError]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,6 +21,15 @@ from triton_server_model.openai.client import TritonClient
 from triton_server_model.openai.completions import Completion
 from triton_server_model.openai.errors import ApiError, of_body, of_server, unknown_model
 from triton_server_model.openai.schemas import ChatRequest, CompletionRequest
+
+
+def from_environment() -> FastAPI:
+    """The application for a tritonserver that runs already, and for more processes than one:
+
+    `PAGED_BACKEND_GRPC=host:8001 uvicorn --factory triton_server_model.openai.app:from_environment --workers 4`.
+    `PAGED_BACKEND_API_KEY` is the API key.
+    """
+    return create_app(os.environ["PAGED_BACKEND_GRPC"], os.environ.get("PAGED_BACKEND_API_KEY"))
 
 
 def create_app(address: str, api_key: str | None = None) -> FastAPI:
@@ -42,15 +52,9 @@ def create_app(address: str, api_key: str | None = None) -> FastAPI:
     app = FastAPI(title="paged-backend", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(_v1, prefix="/v1", dependencies=[Depends(check_key)])
     app.add_api_route("/health", _health)
-    for error in (
-        ApiError,
-        InferenceServerException,
-        RequestValidationError,
-        HTTPException,
-        ClientDisconnect,
-        Exception,
-    ):
+    for error in (ApiError, InferenceServerException, RequestValidationError, HTTPException, ClientDisconnect):
         app.add_exception_handler(error, _failed)
+    app.add_exception_handler(Exception, _failed)  # after which it is logged, too
     return app
 
 

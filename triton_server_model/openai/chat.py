@@ -20,9 +20,9 @@ class Chat:
 
     def __init__(self, request: ChatRequest) -> None:
         self.request = request
-        self.fields = {"text_input": "messages"} | dict.fromkeys(
-            ["structured_outputs"] * len(request.forms), "".join(request.forms)
-        )
+        self.fields = {"text_input": "messages", "tenant": "user"}
+        if request.forms:
+            self.fields["structured_outputs"] = request.forms[0]
         self._parsers = [parser(request) for _ in range(request.n)]
         self._begun = set[int]()
 

@@ -20,7 +20,7 @@ class Completion:
 
     def __init__(self, request: CompletionRequest) -> None:
         self.request = request
-        self.fields = {"text_input": "prompt", "prompt_token_ids": "prompt"}
+        self.fields = {"text_input": "prompt", "prompt_token_ids": "prompt", "tenant": "user"}
         self._begun: set[int] = set()
         """Choices that something was told of."""
         self._prompt_tokens: dict[int, list[Token]] = {}

@@ -16,7 +16,7 @@ from paged_backend.errors import InvalidArgument
 _KINDS = [
     (r"\d+ requests wait already|queue_timeout=\S+: the request was ended", 429, "overloaded"),
     (r"timeout=\S+: the request was ended", 504, "timeout"),
-    (r"the engine has stopped|the engine was closed|.* has no available versions|.* is not healthy", 503, "not_ready"),
+    (r"(?:outputs of )?the engine|.* has no available versions|.* is not healthy", 503, "not_ready"),
     (r"Request for unknown model", 404, "model_not_found"),
     (r".* tokens; at most \d+ are allowed", 400, "context_length_exceeded"),
     (r"[a-z_]+[\w.\[\]]*=|unexpected inference input", 400, "invalid_value"),

@@ -10,11 +10,9 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 from paged_backend.errors import InvalidArgument
 from paged_backend.request import SamplingParams
 
-_WITHOUT_EFFECT = frozenset(
-    {
-        *("metadata", "store", "service_tier", "safety_identifier"),
-        *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
-    }
+_WITHOUT_EFFECT = (
+    *("metadata", "store", "service_tier", "safety_identifier"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
 )
 """Fields of OpenAI's own service that change no answer here; clients send them."""
 _MOST_PROMPTS = 1024

@@ -26,8 +26,9 @@ class OpenAIServer:
         if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
             raise ServerError("--openai needs fastapi and uvicorn: pip install 'paged-backend[openai]'")
         self.address = f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        self.has_key = api_key is not None
         self._grpc_address, self._api_key = grpc_address, api_key
-        self._socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self._socket = socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((host, port))  # nobody can connect before the thread listens
