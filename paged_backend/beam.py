@@ -130,6 +130,7 @@ class BeamSearch:
                 finished=index == len(texts) - 1,
                 index=index,
                 score=score,
+                cumulative_logprob=score * len(tokens) ** self.params.length_penalty,
             )
             for index, ((score, tokens), text, reason) in enumerate(zip(self.best, texts, reasons, strict=True))
         ]

@@ -113,12 +113,15 @@ class Unpacker:
             if output.finished:
                 self._latest.pop(output.request_id, None)
             else:
-                self._latest.setdefault(output.request_id, {})[output.index] = list(_fields(output))
+                fields = list(_fields(output))
+                fields[_PROMPT_LOGPROBS] = None  # these come once
+                self._latest.setdefault(output.request_id, {})[output.index] = fields
         return outputs + whole
 
 
 _NAMES = [field.name for field in dataclasses.fields(RequestOutput)]
 _TEXT, _TOKEN_IDS, _NUM_OUTPUT_TOKENS = map(_NAMES.index, ("text", "token_ids", "num_output_tokens"))
+_PROMPT_LOGPROBS = _NAMES.index("prompt_logprobs")
 _fields = operator.attrgetter(*_NAMES)
 
 

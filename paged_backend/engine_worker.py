@@ -110,6 +110,7 @@ class Worker:
                     output.error = _dead(engine.error) if output.error is engine.error else output.error
             self._outbox.put(outputs)
         if not closing:
+            self._collect()
             self._outbox.put(_dead(engine.error))
 
     def _read(self) -> None:
@@ -146,7 +147,7 @@ class Worker:
                 if later:
                     self._guided.put(Abort(later))
             case Collect():
-                self._outbox.put(Families(list(self._engine.metrics.registry.collect())))
+                self._collect()
 
     def _compile(self) -> None:
         while True:
@@ -170,6 +171,9 @@ class Worker:
                 self._state.notify()
         except Exception as error:  # a plugin's filter may raise anything
             self._outbox.put([failed(command.request_id, error)])
+
+    def _collect(self) -> None:
+        self._outbox.put(Families(list(self._engine.metrics.registry.collect())))
 
     def _write(self) -> None:
         packer = Packer()

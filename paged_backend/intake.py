@@ -20,12 +20,13 @@ from paged_backend.errors import InvalidArgument
 from paged_backend.kv_cache import hashing
 from paged_backend.plugins.manager import PluginManager
 from paged_backend.request import Request, RequestOptions, SamplingParams
+from paged_backend.text.chat import Chat, chat_text
 from paged_backend.text.grammar import GrammarBackend, Grammars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Chat
 Spread = SamplingParams | Sequence[SamplingParams] | None
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -141,16 +142,18 @@ class Intake:
         return tuple({tuple(tokens) for tokens in ids if tokens})
 
     def _tokenise(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
+        if isinstance(prompt, str | Chat):
             if self.tokenizer is None:
                 raise InvalidArgument("prompt", prompt, "this engine has no tokenizer; send token ids")
+            text = prompt if isinstance(prompt, str) else chat_text(self.tokenizer, prompt)
             try:
-                prompt.encode()
+                text.encode()
             except UnicodeEncodeError as error:
                 raise InvalidArgument(
                     "prompt", prompt, f"must be valid Unicode: {error.reason} at {error.start}"
                 ) from None
-            token_ids: list[int] = self.tokenizer(prompt).input_ids
+            # A chat template writes the special tokens itself.
+            token_ids: list[int] = self.tokenizer(text, add_special_tokens=isinstance(prompt, str)).input_ids
         else:
             try:
                 token_ids = list(map(operator.index, prompt))

@@ -306,7 +306,7 @@ class RequestOutput:
     """For each of `token_ids`: the token itself, then the likeliest in its place, as many as `SamplingParams.logprobs`
     says, in order. None unless asked for."""
     cumulative_logprob: float | None = None
-    """Sum over all tokens of this output so far. None unless `logprobs` were asked for."""
+    """Sum over all tokens of this output so far. None unless `logprobs` were asked for, or it is a beam."""
     prompt_logprobs: list[list[Logprob]] | None = None
     """As `logprobs`, for each token of the prompt, [] for the first; with the first token. None unless asked for."""
     arrival_time: float = 0.0

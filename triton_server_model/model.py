@@ -17,11 +17,14 @@ from paged_backend.errors import InvalidArgument, PagedBackendError
 from triton_server_model.logs import TritonLog
 from triton_server_model.metric_families import is_wanted
 from triton_server_model.metrics import MetricsMirror
-from triton_server_model.protocol import INPUTS, OUTPUT, parse_request
+from triton_server_model.protocol import parse_request
+from triton_server_model.protocol_table import NAMES, OUTPUTS, declaration
 from triton_server_model.reply import Reply
 from triton_server_model.sender import Sender
 from triton_server_model.server_process import end_with_server, unloads_models
 from triton_server_model.tracing import Tracer
+from triton_server_model.unknown import UnknownParameters
+from triton_server_model.vllm_config import engine_fields
 
 
 class TritonPythonModel:
@@ -29,21 +32,25 @@ class TritonPythonModel:
 
     @staticmethod
     def auto_complete_config(config: Any) -> Any:
-        """Declare the tensors of `protocol`, so that config.pbtxt need not."""
-        for tensor in INPUTS:
-            config.add_input(tensor)
-        config.add_output(OUTPUT)
+        """Declare the tensors of the protocol, so that config.pbtxt need not."""
+        for name in NAMES:
+            if name.tensor:
+                config.add_input(declaration(name))
+        for output in OUTPUTS:
+            config.add_output(declaration(output))
         config.set_max_batch_size(0)
         config.set_model_transaction_policy({"decoupled": True})
         return config
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the engine that `engine.json`, in the version directory, describes, in a process of its own."""
+        """Load the engine that `engine.json`, or else vLLM's `model.json`, describes, in a process of its own."""
         end_with_server()
         self._name, self._finalizing = args["model_name"], False
         self._log = TritonLog(self._name)
         shows_metrics = is_wanted(args["model_config"])
         path = pathlib.Path(args["model_repository"], args["model_version"], "engine.json")
+        if not path.exists() and path.with_name("model.json").exists():
+            path = path.with_name("model.json")
         try:
             self._engine = EngineProcess(_read_config(path), environment=_devices(args))
         except (PagedBackendError, OSError, json.JSONDecodeError) as error:
@@ -54,6 +61,7 @@ class TritonPythonModel:
         self._errors = Counter("paged_backend_error_responses", "Error responses, by code", ["code"], registry=own)
         for code in ("CANCELLED", "UNAVAILABLE", "INVALID_ARG", "INTERNAL"):
             self._errors.labels(code)
+        self._unknown = UnknownParameters(own)
 
         def collect() -> Iterator[Metric]:
             yield from self._engine.collect()
@@ -66,10 +74,12 @@ class TritonPythonModel:
         for request in requests:
             reply = Reply(request.get_response_sender(), request.request_id(), self._errors)
             try:
-                inputs = {tensor.name(): tensor.as_numpy().item() for tensor in request.inputs()}
-                generation = parse_request(inputs, json.loads(request.parameters() or "{}"))
+                inputs = {tensor.name(): tensor.as_numpy().tolist() for tensor in request.inputs()}
+                parameters = json.loads(request.parameters() or "{}")
+                generation = parse_request(inputs, parameters, request.timeout())
+                self._unknown.count(generation.unknown)
                 reply.begin(generation, self._tracer.follow(request, generation.params))
-                self._sender.submit(reply, generation.prompt, generation.params)
+                self._sender.submit(reply, generation.prompt, generation.params, generation.options)
             except Exception as error:
                 reply.fail(error)
 
@@ -105,8 +115,8 @@ def _devices(args: dict[str, str]) -> dict[str, str]:
 def _read_config(path: pathlib.Path) -> EngineConfig:
     fields = json.loads(path.read_text())
     if not isinstance(fields, dict):
-        raise InvalidArgument("engine.json", fields, "must be a JSON object of EngineConfig fields")
-    config = EngineConfig(**fields)
+        raise InvalidArgument(path.name, fields, "must be a JSON object of EngineConfig fields")
+    config = EngineConfig(**(engine_fields(fields) if path.name == "model.json" else fields))
     local = path.parent / config.require_model()
     if local.exists() or config.require_model().startswith("."):
         config = config.model_copy(update={"model": str(local.resolve())})

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from paged_backend.errors import DeadlineExceeded, EngineDead, InvalidArgument, Overloaded
-from paged_backend.request import SamplingParams
+from paged_backend.errors import CheckedModel, DeadlineExceeded, EngineDead, InvalidArgument, Overloaded
+from paged_backend.request import RequestOptions, SamplingParams
+from paged_backend.text.chat import Chat
+from triton_server_model.protocol_table import NAMES, OUTPUTS, Name, WireOptions
 
-INPUTS = (
-    {"name": "text_input", "data_type": "TYPE_STRING", "dims": [1]},
-    {"name": "stream", "data_type": "TYPE_BOOL", "dims": [1], "optional": True},
-    {"name": "sampling_parameters", "data_type": "TYPE_STRING", "dims": [1], "optional": True},
-    {"name": "exclude_input_in_output", "data_type": "TYPE_BOOL", "dims": [1], "optional": True},
-)
-"""Names, types and meaning are those of Triton's vLLM backend, so its clients work unchanged."""
-OUTPUT = {"name": "text_output", "data_type": "TYPE_STRING", "dims": [-1]}
+if TYPE_CHECKING:
+    from paged_backend.intake import Prompt
+
+_NAMES = {name.name: name for name in NAMES}
+_PREFIXES = tuple(name.removesuffix("*") for name in _NAMES if name.endswith("*"))
+_PROMPTS = ("text_input", "prompt_token_ids", "messages")
+_ID_LISTS = ("stop_token_ids", "allowed_token_ids")
+_OBJECTS = ("logit_bias", "structured_outputs")
+_NOT_SCALAR = ("stop", "bad_words", *_ID_LISTS, *_OBJECTS)
+_GUIDES = {"json_schema": "json", "regex": "regex", "ebnf_grammar": "grammar"}
 
 
 class Cancelled(Exception):
@@ -28,36 +33,61 @@ class Cancelled(Exception):
 class Generation:
     """What one request asks for."""
 
-    prompt: str
+    prompt: Prompt
     params: SamplingParams
+    options: RequestOptions
     stream: bool
     """Send text as it comes, not once at the end."""
-    prepend_prompt: bool
-    """Begin the answer with the prompt."""
+    prefix: str
+    """What the answer begins with: the prompt, or nothing."""
+    asked: tuple[str, ...]
+    """The outputs to send beside the text, by name."""
+    prompt_input: str
+    """The input tensor that has the prompt."""
+    unknown: tuple[str, ...]
+    """Request parameters that mean nothing here."""
 
 
-def parse_request(inputs: Mapping[str, Any], parameters: Mapping[str, Any]) -> Generation:
-    """Read one request: the values of its one-element `inputs` by name (STRING as bytes) and its request `parameters`.
+def parse_request(inputs: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any], timeout: int = 0) -> Generation:
+    """Read one request: the elements of its tensors by name (STRING as bytes), and its request `parameters`.
 
-    Sampling fields come from the request parameters and, overriding those, from the JSON input `sampling_parameters`.
-    Unknown request parameters are ignored, since Triton and its clients put keys of their own there (`id`); unknown
-    sampling parameters are not. Raises ValueError, nearly always an `InvalidArgument`, for any bad input.
+    `timeout` is Triton's own, in microseconds; 0 is none. Raises ValueError, nearly always an `InvalidArgument`, for
+    any bad input. `protocol_table` has all names.
     """
-    prompt = _decode("text_input", inputs["text_input"])
-    if not prompt:
-        raise InvalidArgument("text_input", prompt, "the prompt must have at least one character")
-    stream = bool(inputs.get("stream", False))
-    exclude_prompt = bool(inputs.get("exclude_input_in_output", stream))
-    if stream and not exclude_prompt:
-        raise ValueError("When streaming, `exclude_input_in_output` = False is not allowed.")
-    sampling = {name: value for name, value in parameters.items() if name in SamplingParams.model_fields}
-    if "sampling_parameters" in inputs:
-        sampling |= _json_object("sampling_parameters", inputs["sampling_parameters"])
-    params = SamplingParams(**sampling)
-    for name in ("n", "beam_width"):
-        if getattr(params, name) > 1:
-            raise InvalidArgument(name, getattr(params, name), "must be 1: this model answers with one text")
-    return Generation(prompt, params, stream, prepend_prompt=not exclude_prompt)
+    tensors = {name: _value(_NAMES[name], elements) for name, elements in inputs.items()}
+    tensors = {name: value for name, value in tensors.items() if value not in ("", [])}
+    prompt, prompt_input = _prompt(tensors)
+    known, unknown = {}, []
+    for name, value in parameters.items():
+        if name in _NAMES and _NAMES[name].parameter:
+            known[name] = value
+        elif not name.startswith(_PREFIXES):
+            unknown.append(name)
+    spoken = _json(dict, "sampling_parameters", tensors.pop("sampling_parameters", "{}"))
+    for name in spoken:
+        if not name.startswith(_PREFIXES) and not (name in _NAMES and _NAMES[name].parameter):
+            _refuse_unknown(name, spoken[name])
+    fields = _fields(known) | _fields(spoken) | _fields(tensors)
+
+    wire = WireOptions(**_of(WireOptions, fields))
+    params = _completed(SamplingParams(**_guided(wire, _of(SamplingParams, fields))), wire)
+    # On the wire, timeouts are no seconds.
+    options: dict[str, Any] = {name: fields[name] for name in ("priority", "tenant", "cache_salt") if name in fields}
+    if milliseconds := wire.timeout_ms or (wire.timeout or timeout) / 1000:
+        options["timeout"] = milliseconds / 1000
+    if wire.queue_timeout_ms:
+        options["queue_timeout"] = wire.queue_timeout_ms / 1000
+    return Generation(
+        prompt,
+        params,
+        RequestOptions(**options),
+        wire.stream and params.beam_width == 1,  # a beam search has nothing to send before its end
+        _prefix(wire, prompt),
+        tuple(output.name for output in OUTPUTS if getattr(wire, f"return_{output.name}", False))
+        + (("prompt_logprobs",) if params.prompt_logprobs is not None else ()),
+        prompt_input,
+        tuple(unknown),
+    )
 
 
 def error_code(error: Exception) -> str:
@@ -65,11 +95,18 @@ def error_code(error: Exception) -> str:
     match error:
         case Cancelled():
             return "CANCELLED"
+        # Triton has no code for a deadline: its own queue says UNAVAILABLE of a request whose time is over.
         case Overloaded() | EngineDead() | DeadlineExceeded():
             return "UNAVAILABLE"
         case ValueError():
             return "INVALID_ARG"
     return "INTERNAL"
+
+
+def _value(name: Name, elements: Sequence[Any]) -> Any:
+    """Of one tensor: a list, without empty strings, if it may have any number of elements."""
+    values = [_decode(name.name, one) if isinstance(one, bytes) else one for one in elements]
+    return [value for value in values if value != ""] if name.tensor.endswith("[-1]") else values[0]
 
 
 def _decode(field: str, value: bytes) -> str:
@@ -79,12 +116,117 @@ def _decode(field: str, value: bytes) -> str:
         raise InvalidArgument(field, value, f"must be UTF-8; {error.reason} at byte {error.start}") from None
 
 
-def _json_object(field: str, value: bytes) -> dict[str, Any]:
-    text = _decode(field, value)
+def _prompt(tensors: dict[str, Any]) -> tuple[Prompt, str]:
+    """The prompt, taken out of `tensors`, and which of them had it."""
+    given = {name: tensors.pop(name) for name in _PROMPTS if name in tensors}
+    if not given:
+        raise InvalidArgument(
+            "text_input", "", "the prompt must have at least one character; or send prompt_token_ids or messages"
+        )
+    (name, value), *others = given.items()
+    for other, other_value in others:
+        raise InvalidArgument(other, other_value, f"not together with {name}: a request has one prompt")
+    for beside in ("tools", "chat_template_kwargs"):
+        if name != "messages" and beside in tensors:
+            raise InvalidArgument(beside, tensors[beside], "only allowed with messages")
+    if name == "messages":
+        tools = _objects("tools", tensors.pop("tools")) if "tools" in tensors else None
+        variables = _json(dict, "chat_template_kwargs", tensors.pop("chat_template_kwargs", "{}"))
+        return Chat(_objects(name, value), tools, variables), name
+    return value, name
+
+
+def _prefix(wire: WireOptions, prompt: Prompt) -> str:
+    if wire.stream and wire.exclude_input_in_output is False:
+        raise ValueError("When streaming, `exclude_input_in_output` = False is not allowed.")
+    if isinstance(prompt, str):
+        excluded = wire.stream if wire.exclude_input_in_output is None else wire.exclude_input_in_output
+        return "" if excluded else prompt
+    if wire.exclude_input_in_output is False:
+        raise InvalidArgument("exclude_input_in_output", False, "only a text_input can be in the output")
+    return ""
+
+
+def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What one place asks for, by field. Raises `InvalidArgument` for what is refused, or there under two names."""
+    fields, names = {}, dict[str, str]()
+    for key, value in values.items():
+        name = _NAMES.get(key)
+        if name is None or name.status == "ignored":
+            continue
+        if name.status == "refused":
+            if name.asks(value):
+                hint = f"; {name.meaning}" if name.meaning else ""
+                raise InvalidArgument(key, value, f"not supported by this model{hint}")
+            continue
+        field = name.field or key
+        if value == "" and field in _NOT_SCALAR:
+            continue
+        if field in fields:
+            raise InvalidArgument(key, value, f"not together with {names[field]}, which means the same")
+        names[field] = key
+        fields[field] = _coerced(field, value)
+    return fields
+
+
+def _of(model: type[CheckedModel], fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name in model.model_fields}
+
+
+def _coerced(field: str, value: Any) -> Any:
+    """Lists and objects from the scalars that request parameters can be; pydantic does the rest."""
+    if field in _OBJECTS and isinstance(value, str):
+        return _json(dict, field, value)
+    if field in _ID_LISTS and type(value) in (str, int):
+        parsed = _json(list | int, field, value) if isinstance(value, str) else value
+        return (parsed,) if isinstance(parsed, int) else parsed
+    return value
+
+
+def _guided(wire: WireOptions, sampling: dict[str, Any]) -> dict[str, Any]:
+    """With TensorRT-LLM's guide as `structured_outputs`."""
+    kind, guide = wire.guided_decoding_guide_type, wire.guided_decoding_guide
+    if kind in ("", "none"):
+        return sampling
+    if sampling.get("structured_outputs"):
+        raise InvalidArgument("guided_decoding_guide_type", kind, "not together with structured_outputs")
+    if kind == "json":
+        return sampling | {"structured_outputs": {"json_object": True}}
+    if not guide:
+        raise InvalidArgument("guided_decoding_guide", guide, f"guided_decoding_guide_type={kind!r} needs one")
+    return sampling | {"structured_outputs": {_GUIDES[kind]: guide}}
+
+
+def _completed(params: SamplingParams, wire: WireOptions) -> SamplingParams:
+    """With what the outputs and `end_id` need."""
+    more: dict[str, Any] = {}
+    if wire.return_cumulative_logprob and params.logprobs is None and params.beam_width == 1:  # beams have it anyhow
+        more["logprobs"] = 0
+    if wire.end_id is not None and wire.end_id >= 0 and not params.ignore_eos:
+        more["stop_token_ids"] = (*params.stop_token_ids, wire.end_id)
+    return params.model_copy(update=more) if more else params
+
+
+def _objects(field: str, text: str) -> list[dict[str, Any]]:
+    parsed: list[dict[str, Any]] = _json(list, field, text)
+    if not parsed or not all(isinstance(one, dict) for one in parsed):
+        raise InvalidArgument(field, text, "must be a JSON list of objects, with one at least")
+    return parsed
+
+
+def _json(kind: Any, field: str, text: str) -> Any:
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(field, text, f"must be JSON; {error}") from None
-    if not isinstance(parsed, dict):
-        raise InvalidArgument(field, text, "must be a JSON object of sampling parameters")
+    if not isinstance(parsed, kind):
+        name = {dict: "object", list: "list"}.get(kind, "list of token ids")
+        raise InvalidArgument(field, text, f"must be a JSON {name}")
     return parsed
+
+
+def _refuse_unknown(name: str, value: object) -> NoReturn:
+    served = sorted(known.name for known in NAMES if known.parameter and known.status == "served")
+    close = difflib.get_close_matches(name, served, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(served)}"
+    raise InvalidArgument(name, value, f"unknown key of sampling_parameters; {hint}")

@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 from prometheus_client import Counter
 
-from paged_backend.request import RequestOutput
+from paged_backend.errors import InvalidArgument
+from paged_backend.request import Logprob, RequestOutput
 from triton_server_model.protocol import Cancelled, Generation, error_code
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """What is to be sent of one of the request's `n` outputs."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[list[Logprob]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    finish_reason: str = "None"
+
+    def add(self, output: RequestOutput) -> None:
+        """What came after it."""
+        self.text += output.text
+        self.token_ids += output.token_ids
+        self.logprobs += output.logprobs or ()
+        self.cumulative_logprob = output.cumulative_logprob or self.cumulative_logprob
+        self.finish_reason = output.finish_reason or "None"
+
+    def sent(self) -> None:
+        """Forget what is to come once only."""
+        self.text = ""
+        self.token_ids.clear()
+        self.logprobs.clear()
 
 
 class Reply:
@@ -24,13 +54,18 @@ class Reply:
         self.responses, self.request_id, self._errors = responses, request_id, errors
         self.open = True
         """Whether the final response has not been sent."""
-        self._stream, self._text = False, ""
         self._trace: Callable[[Sequence[RequestOutput]], None] | None = None
+        self._stream, self._asked, self._logprobs = False, tuple[str, ...](), False
+        self._prompt_input, self._prompt_logprobs = "text_input", list[list[Logprob]]()
+        self._sequences: list[_Sequence] = []
 
     def begin(self, generation: Generation, trace: Callable[[Sequence[RequestOutput]], None] | None) -> None:
         """What was asked for, before the first output. `trace` is told the outputs, too."""
-        self._stream, self._trace = generation.stream, trace
-        self._text = generation.prompt if generation.prepend_prompt else ""
+        self._trace = trace
+        self._stream, self._asked = generation.stream, generation.asked
+        self._logprobs = generation.params.logprobs is not None
+        self._prompt_input = generation.prompt_input
+        self._sequences = [_Sequence(generation.prefix) for _ in range(generation.params.n)]
 
     def add(self, outputs: Sequence[RequestOutput]) -> None:
         """Send what came since, in one response; without `stream`, only once all is there."""
@@ -38,20 +73,26 @@ class Reply:
             self._trace(outputs)
         if not self.open:
             return
-        self._text += "".join(output.text for output in outputs)
-        last = outputs[-1]
-        if last.finish_reason == "abort":
-            self.fail(Cancelled("Request was cancelled"))
-        elif last.finish_reason == "error":
-            self.fail(last.error or RuntimeError("unknown error"))
-        elif last.finished:
-            self._send(self._tensors(), final=True)
-        elif self._stream and self._text:
-            self._send(self._tensors(), final=False)
+        ended = False
+        for output in outputs:
+            if output.finish_reason in ("abort", "error"):
+                self.fail(output.error or Cancelled("Request was cancelled"))
+                return
+            ended |= output.finish_reason is not None
+            self._sequences[output.index].add(output)
+            self._prompt_logprobs += output.prompt_logprobs or ()
+        if outputs[-1].finished:
+            self._send(self._tensors(outputs[-1]), final=True)
+        elif self._stream and (ended or any(map(self._has_news, self._sequences))):
+            self._send(self._tensors(outputs[-1]), final=False)
 
     def fail(self, error: Exception) -> None:
         """End the request with `error`."""
+        if isinstance(error, InvalidArgument):  # the engine's prompt is one of the inputs
+            named = re.sub(r"^prompt(?=$|\[)", self._prompt_input, error.field)
+            error = InvalidArgument(named, error.value, error.allowed)
         message = str(error) if isinstance(error, Cancelled) else f"Error generating stream: {error}"
+        message = message.encode(errors="backslashreplace").decode()  # a JSON key may be half a surrogate pair
         name = error_code(error)
         self._errors.labels(name).inc()
         if name == "INTERNAL":
@@ -60,11 +101,55 @@ class Reply:
         triton_error = pb_utils.TritonError(message) if code is None else pb_utils.TritonError(message, code)
         self._send([], final=True, error=triton_error)
 
-    def _tensors(self) -> list[Any]:
-        text, self._text = self._text, ""
-        return [pb_utils.Tensor("text_output", np.array([text.encode()], dtype=np.object_))]
+    def _has_news(self, sequence: _Sequence) -> bool:
+        """Whether it is worth a response. The tokens of text that is held back wait for it, unless asked for."""
+        by_token = "output_token_ids" in self._asked or "logprobs" in self._asked
+        return bool(sequence.text or (by_token and sequence.token_ids))
+
+    def _tensors(self, last: RequestOutput) -> list[Any]:
+        tensors = [pb_utils.Tensor(name, self._values(name, last)) for name in ("text_output", *self._asked)]
+        for sequence in self._sequences:
+            sequence.sent()
+        self._prompt_logprobs.clear()
+        return tensors
+
+    def _values(self, name: str, last: RequestOutput) -> npt.NDArray[Any]:
+        """Of one output tensor; `protocol_table.OUTPUTS` says what each has."""
+        sequences = self._sequences
+        match name:
+            case "text_output":
+                return _strings(sequence.text for sequence in sequences)
+            case "finish_reason":
+                return _strings(sequence.finish_reason for sequence in sequences)
+            case "cumulative_logprob":
+                return np.array([sequence.cumulative_logprob for sequence in sequences], dtype=np.float32)
+            case "logprobs":
+                return _strings(_json(sequence.logprobs) if self._logprobs else "null" for sequence in sequences)
+            case "num_input_tokens":
+                return np.array([last.num_prompt_tokens], dtype=np.uint32)
+            case "num_output_tokens":
+                return np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.uint32)
+            case "output_token_ids":
+                return np.array([token for sequence in sequences for token in sequence.token_ids], dtype=np.int32)
+            case "prompt_logprobs":
+                return _strings([_json(self._prompt_logprobs) if self._prompt_logprobs else "null"])
+        raise NotImplementedError(name)
 
     def _send(self, tensors: list[Any], *, final: bool, error: Any = None) -> None:
         self.open = not final
         response = pb_utils.InferenceResponse(output_tensors=tensors, error=error)
         self.responses.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
+
+
+def _strings(texts: Iterable[str]) -> npt.NDArray[np.object_]:
+    return np.array([text.encode() for text in texts], dtype=np.object_)
+
+
+def _json(tokens: Sequence[Sequence[Logprob]]) -> str:
+    """As vLLM's backend: by token id, so the token itself, which comes first, is not repeated among the likeliest."""
+    return json.dumps(
+        [
+            {one.token_id: {"logprob": one.logprob, "rank": one.rank, "decoded_token": one.text} for one in likeliest}
+            for likeliest in tokens
+        ]
+    )

@@ -9,11 +9,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from paged_backend.engine_process import EngineProcess
-from paged_backend.errors import InvalidArgument
-from paged_backend.request import RequestOutput, SamplingParams
+from paged_backend.request import RequestOptions, RequestOutput, SamplingParams
 from triton_server_model.reply import Reply
+
+if TYPE_CHECKING:
+    from paged_backend.intake import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +45,12 @@ class Sender:
         self._thread = threading.Thread(target=self._run, name="paged-sender", daemon=True)
         self._thread.start()
 
-    def submit(self, reply: Reply, prompt: str, params: SamplingParams) -> None:
+    def submit(self, reply: Reply, prompt: Prompt, params: SamplingParams, options: RequestOptions) -> None:
         """Run a request that `reply` answers. Raises `EngineDead`, with nothing accepted."""
         request_id = f"request-{next(self._names)}"
         self._replies[request_id] = reply  # before its first output comes
         try:
-            self._engine.submit(request_id, prompt, params)
+            self._engine.submit(request_id, prompt, params, options)
         except BaseException:
             del self._replies[request_id]
             raise
@@ -76,11 +79,10 @@ class Sender:
         reply, last = self._replies[request_id], outputs[-1]
         if last.finished:
             del self._replies[request_id]
-        if isinstance(last.error, InvalidArgument) and last.error.field.startswith("prompt"):
-            field = last.error.field.replace("prompt", "text_input", 1)  # which is what the client calls it
-            last.error = InvalidArgument(field, last.error.value, last.error.allowed)
         try:
             reply.add(outputs)
+            if not (reply.open or last.finished):  # one of several outputs has failed
+                self._engine.abort(request_id)
         except Exception as error:  # ends this request alone, never the thread
             extra = {"request_id": reply.request_id}
             logger.exception("%s cannot be answered; it is aborted", request_id, extra=extra)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from paged_backend.config import EngineConfig
+from paged_backend.engine import Engine
 from tests.server.client import ENGINE, Client
 from triton_server_model.launcher import MODEL_NAME, TritonServer, free_ports, packaged_repository
 
@@ -36,3 +38,11 @@ def client(repository: Path) -> Iterator[Client]:
         yield client
         client.http.close()  # the server waits for idle connections before it stops
     assert server.process.returncode == 0
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_llama_dir: Path) -> Iterator[Engine]:
+    """The same engine as the server's, in this process."""
+    engine = Engine(EngineConfig(model=str(tiny_llama_dir), **ENGINE))
+    yield engine
+    engine.close()

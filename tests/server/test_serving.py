@@ -22,6 +22,7 @@ def test_many_streams_and_one_bad_request(client: Client, tiny_llama_dir: Path) 
     engine = Engine(EngineConfig(model=str(tiny_llama_dir), **ENGINE))
     params = [SamplingParams(max_tokens=length, temperature=0, ignore_eos=True) for length in lengths]
     expected = engine.generate(prompts, params)
+    client.settle()
     before = client.metric("output_tokens_total")
 
     streams = []
@@ -44,25 +45,6 @@ def test_many_streams_and_one_bad_request(client: Client, tiny_llama_dir: Path) 
     client.await_metric("kv_blocks_used", 0)
 
 
-def test_prompt_is_prepended_unless_streaming_or_excluded(client: Client) -> None:
-    sampling = {"max_tokens": 5, "temperature": 0, "ignore_eos": True}
-    answer = client.stream("the fox", sampling=sampling, stream=True).finish()
-    assert answer
-    assert client.stream("the fox", sampling=sampling, stream=None).finish() == "the fox" + answer
-    assert client.stream("the fox", sampling=sampling, stream=False, exclude=False).finish() == "the fox" + answer
-    assert client.stream("the fox", sampling=sampling, stream=False, exclude=True).finish() == answer
-    assert client.stream("the fox", sampling=sampling, stream=True, exclude=True).finish() == answer
-
-
-def test_sampling_fields_from_all_places(client: Client) -> None:
-    strings = {"max_tokens": "3", "temperature": "0", "ignore_eos": "true", "unknown": 1}
-    three = client.stream("the fox", parameters=strings).finish()
-    five = client.stream("the fox", parameters=strings, sampling={"max_tokens": 5}).finish()
-    assert three
-    assert five.startswith(three)
-    assert len(five) > len(three)
-
-
 def test_http(client: Client) -> None:
     parameters = {"max_tokens": 6, "temperature": "0", "ignore_eos": True}
     answer = client.stream("the fox", sampling=parameters).finish()
@@ -82,35 +64,105 @@ def test_http(client: Client) -> None:
 
 SHORT = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
 BAD = {
-    "empty prompt": ({"text": ""}, "text_input='': the prompt must have at least one character"),
+    "empty prompt": (
+        {"text": ""},
+        "text_input='': the prompt must have at least one character; or send prompt_token_ids or messages",
+    ),
+    "no prompt": ({"text": None}, "text_input='': the prompt must have at least one character"),
+    "two prompts": (
+        {"inputs": {"prompt_token_ids": [5]}},
+        "prompt_token_ids=[5]: not together with text_input: a request has one prompt",
+    ),
+    "tools of a text": ({"inputs": {"tools": "[]"}}, "tools='[]': only allowed with messages"),
     "not UTF-8": ({"text": b"ab\xff"}, "text_input=b'ab\\xff': must be UTF-8; invalid start byte at byte 2"),
-    "too long": ({"text": "q" * CONTEXT}, f"has {CONTEXT} tokens; at most {CONTEXT - 1} are allowed"),
+    "too long": ({"text": "q" * CONTEXT}, f"({CONTEXT + 2} characters): has {CONTEXT} tokens; at most {CONTEXT - 1}"),
+    "ids too long": (
+        {"text": None, "inputs": {"prompt_token_ids": [5] * CONTEXT}},
+        f"has {CONTEXT} tokens; at most {CONTEXT - 1} are allowed",
+    ),
+    "negative id": ({"text": None, "inputs": {"prompt_token_ids": [-1]}}, "prompt_token_ids[0]=-1: must be a token id"),
+    "messages not JSON": ({"text": None, "inputs": {"messages": "[{"}}, "messages='[{': must be JSON; "),
+    "no messages": ({"text": None, "inputs": {"messages": "[]"}}, "messages='[]': must be a JSON list of objects"),
+    "messages no objects": (
+        {"text": None, "inputs": {"messages": "[1]"}},
+        "messages='[1]': must be a JSON list of obj",
+    ),
+    "messages no list": ({"text": None, "inputs": {"messages": "{}"}}, "messages='{}': must be a JSON list"),
+    "tools no objects": (
+        {"text": None, "inputs": {"messages": '[{"role": "user"}]', "tools": "[1]"}},
+        "tools='[1]': must be a JSON list of objects",
+    ),
+    "template": (
+        {"text": None, "inputs": {"messages": '[{"content": "{}"}]', "chat_template_kwargs": '{"tools": []}'}},
+        "chat_template_kwargs='tools': must be a variable of the template's own",
+    ),
+    "template refuses": (
+        {"text": None, "inputs": {"messages": '[{"content": 1}]', "chat_template_kwargs": '{"messages": 1}'}},
+        "messages=[{'content': 1}]: the chat template refuses them: ",
+    ),
+    "surrogate in a message": (
+        {"text": None, "inputs": {"messages": r'[{"content": "\ud800"}]'}},
+        "must be valid Unicode: surrogates not allowed at",
+    ),
     "prompt when streaming": (
         {"exclude": False},
         "Error generating stream: When streaming, `exclude_input_in_output` = False is not allowed.",
+    ),
+    "prompt of ids in the output": (
+        {"text": None, "inputs": {"prompt_token_ids": [5]}, "exclude": False, "stream": False},
+        "exclude_input_in_output=False: only a text_input can be in the output",
     ),
     "not JSON": ({"sampling": '{"max_tokens": '}, "sampling_parameters='{\"max_tokens\": ': must be JSON"),
     "deep JSON": ({"sampling": '{"a":' * 100_000}, "must be JSON"),
     "JSON list": ({"sampling": "[1]"}, "sampling_parameters='[1]': must be a JSON object"),
     "sampling not UTF-8": ({"sampling": b"\xff"}, "sampling_parameters=b'\\xff': must be UTF-8"),
-    "unknown key": ({"sampling": {"max_tokns": 3}}, "max_tokns=3: unknown field of SamplingParams"),
-    "key of Python's": ({"sampling": {"self": 3}}, "self=3: unknown field of SamplingParams"),
-    "half a surrogate pair": ({"sampling": r'{"\ud800": 3}'}, r"'\ud800': Input should be a valid string"),
+    "unknown key": (
+        {"sampling": {"max_tokns": 3}},
+        "max_tokns=3: unknown key of sampling_parameters; did you mean 'max_tokens'?",
+    ),
+    "key like no other": ({"sampling": {"zzz": 3}}, "zzz=3: unknown key of sampling_parameters; the keys are "),
+    "key of Python's": ({"sampling": {"self": 3}}, "self=3: unknown key of sampling_parameters"),
+    "key of RequestOptions'": ({"sampling": {"queue_timeout": 3}}, "unknown key of sampling_parameters; did you mean"),
+    "input as a key": ({"sampling": {"text_input": "x"}}, "text_input='x': unknown key of sampling_parameters"),
+    "half a surrogate pair": ({"sampling": r'{"\ud800": 3}'}, r"\ud800=3: unknown key of sampling_parameters"),
     "wrong type": ({"sampling": {"max_tokens": "many"}}, "max_tokens='many': Input should be a valid integer"),
     "out of range": ({"sampling": {"top_k": -2}}, "top_k=-2: Input should be greater than or equal to -1"),
     "not finite": ({"sampling": '{"temperature": NaN}'}, "temperature=nan: Input should be a finite number"),
     "null": ({"sampling": {"max_tokens": None}}, "max_tokens=None: Input should be a valid integer"),
     "empty stop string": ({"sampling": {"stop": ["a", ""]}}, "stop.1='': String should have at least 1 character"),
     "request parameter": ({"parameters": {"temperature": -1}}, "temperature=-1: Input should be greater"),
+    "no boolean": (
+        {"parameters": {"stream": "perhaps"}, "stream": None},
+        "stream='perhaps': Input should be a valid b",
+    ),
+    "ids not JSON": ({"parameters": {"stop_token_ids": "1,2"}}, "stop_token_ids='1,2': must be JSON; Extra data"),
+    "ids no list": ({"parameters": {"stop_token_ids": "{}"}}, "stop_token_ids='{}': must be a JSON list of token ids"),
+    "bias no object": ({"parameters": {"logit_bias": "[1]"}}, "logit_bias='[1]': must be a JSON object"),
+    "bias of no token": ({"sampling": {"logit_bias": {"99999": 1}}}, "logit_bias=99999: must be a token id in 0.."),
+    "negative timeout": ({"sampling": {"timeout_ms": -1}}, "timeout_ms=-1: Input should be greater than or equal to 0"),
+    "two names": (
+        {"parameters": {"max_tokens": 3, "max_new_tokens": 3}},
+        "not together with max_",  # in any order: request parameters have none
+    ),
+    "more outputs than slots": ({"sampling": {"n": 17}}, "n=17: at most max_num_seqs=16"),
+    "beams that sample": (
+        {"sampling": {"beam_width": 2, "logprobs": 1}},
+        "logprobs=1: must be None with beam_width > 1, which does not sample",
+    ),
+    "guide of no kind": (
+        {"sampling": {"guided_decoding_guide_type": "xml"}},
+        "guided_decoding_guide_type='xml': Input should be '', 'none', 'json', 'json_schema', 'regex' or 'ebnf_gramma",
+    ),
+    "no guide": (
+        {"sampling": {"guided_decoding_guide_type": "regex"}},
+        "guided_decoding_guide='': guided_decoding_guide_type='regex' needs one",
+    ),
 }
 
 
 @pytest.mark.parametrize(("request_", "message"), BAD.values(), ids=BAD)
 def test_bad_input_fails_alone(client: Client, request_: dict, message: str) -> None:
-    stream = client.stream(**{"text": "the fox"} | request_)
-    stream.finish()
-    assert stream.error is not None
-    assert message in stream.error
+    assert message in client.refusal(**{"text": "the fox"} | request_)
     assert client.stream("the fox", sampling=SHORT).finish()
 
 
