@@ -170,8 +170,9 @@ def _(client: Client, engine: Engine) -> None:
 
 @effect("guided_decoding_guide_type", "guided_decoding_guide")
 def _(client: Client, engine: Engine) -> None:
-    asked = {"guided_decoding_guide_type": "regex", "guided_decoding_guide": "a+b"}
-    assert "structured_outputs={'regex': 'a+b'}" in client.refusal(PROMPT, parameters=asked)
+    answer = expected(engine, BASE | {"structured_outputs": {"regex": "a+b"}})
+    asked = BASE | {"guided_decoding_guide_type": "regex", "guided_decoding_guide": "a+b"}
+    assert as_json(client, asked) == as_strings(client, asked) == over_http(client, asked) == answer
 
 
 def test_beams_are_one_response(client: Client, engine: Engine) -> None:
