@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from paged_backend.request import RequestOptions, RequestOutput, SamplingParams
     from paged_backend.shared_engine import SharedEngine
+    from paged_backend.structured_outputs import StructuredOutputs
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ _HOME = {
     "RequestOutput": "request",
     "SamplingParams": "request",
     "SharedEngine": "shared_engine",
+    "StructuredOutputs": "structured_outputs",
     "UnsupportedModel": "errors",
 }
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "SharedEngine",
+    "StructuredOutputs",
     "UnsupportedModel",
 ]
 

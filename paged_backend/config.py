@@ -88,8 +88,10 @@ class EngineConfig(CheckedModel):
     attention_backend: str = "auto"
     """reference (plain PyTorch), cpu (compiled kernels, AVX2 or AVX-512), triton (kernels for CUDA GPUs), or auto: cpu
     on a CPU, triton on a GPU that has the shared memory (A100, H100 and later ones); plugins add more."""
+    grammar_backend: str = "auto"
+    """What compiles `SamplingParams.structured_outputs`: llguidance, or auto, which is that; plugins add more."""
     fuse: bool = True
-    """With the triton backend, compute models of a known structure with packed weights and fused kernels."""
+    """With the cpu and triton backends, compute models of a known structure with packed weights and fused kernels."""
     cuda_graphs: bool = True
     """Replay decode steps of fused models as CUDA graphs."""
     look_ahead: bool = True

@@ -80,6 +80,7 @@ class Engine:
         make = self.plugins.make
         policy = make("paged_scheduling_policy", "scheduling_policy", config.scheduling_policy, config=config)
         preemption = make("paged_preemption_policy", "preemption_policy", config.preemption_policy, config=config)
+        grammar_backend = make("paged_grammar_backend", "grammar_backend", config.grammar_backend, config=config)
         backend = None
         if (chosen := config.attention_backend) != "auto":
             backend = make("paged_attention_backend", "attention_backend", chosen, config=config)
@@ -129,6 +130,7 @@ class Engine:
             config,
             self.tokenizer,
             self.plugins,
+            grammar_backend,
             vocab_size=self.vocab_size,
             eos=eos_token_ids(self.model),
             max_model_len=self.max_model_len,
@@ -459,7 +461,7 @@ class Engine:
         if token < 0:
             self._scheduler.taint([request] if live.search is None else live.search.beams)
             request = request if live.search is None else next(iter(live.sequences))
-            return self._end(request, "error", FloatingPointError(_NO_TOKEN))
+            return self._end_without_token(request)
         request.token_ids.append(token)
         is_first = request.first_token_time is None
         if isinstance(got, Sampled):
@@ -472,22 +474,23 @@ class Engine:
             self._gaps.append(self._now - request.last_token_time)
         request.last_token_time = self._now
         reason: FinishReason | None = None
-        if request.grammar is not None:
-            request.grammar.accept(token)
-        if token in request.stop_token_ids:
-            reason = "stop"
-        elif len(request.token_ids) >= request.max_total_tokens:
-            reason = "length"
-        text, detokenised = "", live.sequences[request]
-        if detokenised is not None:
-            try:
+        text, detokenised, grammar = "", live.sequences[request], request.grammar
+        is_stop_token = token in request.stop_token_ids
+        try:
+            if grammar is not None:
+                grammar.accept(token)
+            if is_stop_token or (grammar is not None and grammar.is_over):
+                reason = "stop"
+            elif len(request.token_ids) >= request.max_total_tokens:
+                reason = "length"
+            if detokenised is not None:
                 # A stop token's own text is part of the output only if asked for.
-                hidden = reason == "stop" and not request.params.include_stop_str_in_output
+                hidden = is_stop_token and not request.params.include_stop_str_in_output
                 text, stopped = detokenised.add([] if hidden else [token], last=reason is not None)
-            except Exception as error:
-                logger.exception("request %s: its text cannot be decoded", request.request_id)
-                return self._end(request, "error", error, [token])
-            reason = "stop" if stopped else reason
+                reason = "stop" if stopped else reason
+        except Exception as error:
+            logger.exception("request %s: its token cannot be taken in", request.request_id)
+            return self._end(request, "error", error, [token])
         if reason:
             output = self._end(request, reason, token_ids=[token], text=text)
         else:
@@ -496,6 +499,14 @@ class Engine:
         if is_first:
             output.prompt_logprobs = request.prompt_logprobs
         return output
+
+    def _end_without_token(self, request: Request) -> RequestOutput:
+        """End a request for which no token could be chosen."""
+        grammar, text = request.grammar, self._live[request.request_id].sequences[request]
+        if grammar is not None and grammar.is_over:  # and `min_tokens` or the like has forbidden the stop tokens
+            return self._end(request, "stop", text="" if text is None else text.add([], last=True)[0])
+        error = None if grammar is None else grammar.error
+        return self._end(request, "error", error or FloatingPointError(_NO_TOKEN))
 
     def _advance_beams(self, live: _Live) -> list[RequestOutput]:
         """Continue the likeliest beams of a search, or end it with its best outputs."""

@@ -135,7 +135,7 @@ class EngineProcess:
         return outputs
 
     def collect(self) -> list[Metric]:
-        """The engine's Prometheus metric families; of when they were last asked for, if it does not answer."""
+        """The engine's Prometheus metric families: the latest it told, with all gauges zero once it serves no more."""
         with self._collecting:
             self._collected.clear()
             if self.error is None:
@@ -201,6 +201,9 @@ class EngineProcess:
         if not self._closing:
             logger.error("%s", error)
         outputs += [failed(request_id, error) for request_id in abandoned]
+        for family in self._families:
+            if family.type == "gauge":
+                family.samples = [sample._replace(value=0.0) for sample in family.samples]
         self._collected.set()
         self._disconnect()
 

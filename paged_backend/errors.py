@@ -57,8 +57,9 @@ class CheckedModel(BaseModel):
             field = ".".join(map(str, first["loc"])) or type(self).__name__
             allowed = first["msg"].removeprefix("Value error, ")
             if first["type"] == "extra_forbidden":
-                known = sorted(type(self).model_fields)
+                known = sorted(info.alias or name for name, info in type(self).model_fields.items())
                 close = difflib.get_close_matches(field, known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
                 allowed = f"unknown field of {type(self).__name__}; {hint}"
-            raise InvalidArgument(field, first["input"], allowed) from None
+            value = None if first["type"] == "missing" else first["input"]  # which is what it is missing from
+            raise InvalidArgument(field, value, allowed) from None

@@ -21,6 +21,7 @@ from paged_backend.kv_cache import hashing
 from paged_backend.plugins.manager import PluginManager
 from paged_backend.request import Request, RequestOptions, SamplingParams
 from paged_backend.text.chat import Chat, chat_text
+from paged_backend.text.grammar import GrammarBackend, Grammars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,7 @@ class Intake:
         config: EngineConfig,
         tokenizer: PreTrainedTokenizerBase | None,
         plugins: PluginManager,
+        grammar_backend: GrammarBackend,
         *,
         vocab_size: int,
         eos: frozenset[int],
@@ -47,6 +49,7 @@ class Intake:
     ) -> None:
         self._config, self.tokenizer, self._plugins = config, tokenizer, plugins
         self._vocab_size, self.eos, self._max_model_len = vocab_size, eos, max_model_len
+        self._grammars = Grammars(grammar_backend, tokenizer, vocab_size, eos)
         self._names = itertools.count()
 
     def make(
@@ -93,6 +96,8 @@ class Intake:
                 f"at most {_MOST_CANDIDATES // params.beam_width - 1} with beam_width={params.beam_width}, "
                 "end-of-sequence included",
             )
+        ends = frozenset(token for token in stops if 0 <= token < self._vocab_size)  # others never come
+        wanted = params.structured_outputs
         salt = options.cache_salt
         if params.prompt_logprobs is not None:
             salt = secrets.token_hex(16)  # what is found in the cache has no logits
@@ -105,13 +110,14 @@ class Intake:
             num_prompt_tokens=len(token_ids),
             params=params,
             max_total_tokens=len(token_ids) + min(params.max_tokens, room),
-            stop_token_ids=frozenset(token for token in stops if 0 <= token < self._vocab_size),  # others never come
+            stop_token_ids=ends,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             priority=options.priority,
             tenant=options.tenant,
             hash_root=hashing.root(salt),
             steered=params.beam_width > 1,
             bad_words=self._bad_words(params.bad_words),
+            grammar=None if wanted is None else self._grammars.make(wanted, ends),
             prompt_logprobs=None if params.prompt_logprobs is None else [[] for _ in token_ids],
             arrival_time=now,
         )
@@ -175,6 +181,7 @@ def sibling(request: Request, index: int) -> Request:
         index=index,
         prompt_logprobs=None,  # the first one has them
         token_ids=list(request.token_ids),
+        grammar=None if request.grammar is None else request.grammar.copy(),
         block_hashes=list(request.block_hashes),
         seed=(request.seed + index * _GOLDEN) % 2**63,
     )

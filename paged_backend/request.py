@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from paged_backend.errors import CheckedModel, InvalidArgument
 from paged_backend.kv_cache import hashing
+from paged_backend.structured_outputs import StructuredOutputs, parse
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +30,8 @@ StopStrings = Annotated[
 
 _NOT_OF_BEAMS = (
     *("temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty"),
-    *("repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "logprobs", "prompt_logprobs"),
+    *("repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "structured_outputs"),
+    *("logprobs", "prompt_logprobs"),
 )
 
 
@@ -64,6 +66,8 @@ class SamplingParams(CheckedModel):
     """No other token is generated. None: all may be."""
     bad_words: StopStrings = Field((), max_length=64)
     """Words that are not generated, as the start of a word or inside one, in the way they are tokenised alone."""
+    structured_outputs: Annotated[StructuredOutputs | None, BeforeValidator(parse)] = None
+    """What the output has to match: a JSON schema, an expression, choices or a grammar. Also a dict, or its JSON."""
     logprobs: int | None = Field(None, ge=0, le=20)
     """Give the log-probability of each token, and those of the so many likeliest in its place. Of the model itself:
     before temperature, penalties, bias and masks."""
@@ -131,11 +135,28 @@ class Grammar(Protocol):
     """The grammar of one output, and where in it the output is."""
 
     def fill(self, row: npt.NDArray[np.int32]) -> None:
-        """Set the bits of the tokens that may come next: token t is bit `t % 32` of word `t // 32`; `row` is zeros."""
+        """Set the bits of the tokens that may come next: token t is bit `t % 32` of word `t // 32`; `row` is zeros.
+
+        Stop tokens may come where the output matches. Never raises.
+        """
         ...
 
     def accept(self, token: int) -> None:
-        """The next token of the output."""
+        """The next token of the output. Raises ValueError if it may not come here."""
+        ...
+
+    def copy(self) -> Grammar:
+        """For another output, which is as far as this one."""
+        ...
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the output matches, and nothing may follow, as far as `accept` and `fill` have found out."""
+        ...
+
+    @property
+    def error(self) -> Exception | None:
+        """Why `fill` could not work out which tokens may come next, and allowed none."""
         ...
 
 

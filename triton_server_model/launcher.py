@@ -27,6 +27,8 @@ from paged_backend.errors import InvalidArgument, PagedBackendError
 
 MODEL_NAME = "paged_llm"
 """Name of the packaged model, and its folder in the model repository."""
+BACKEND_NAMES = ("paged", "vllm")
+"""What model folders may say as `backend` under a server that the launcher gives its backends."""
 _PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 _EXIT_SECONDS = 10
 """How long the server lets running requests finish when told to stop."""
@@ -195,6 +197,22 @@ def packaged_repository() -> pathlib.Path:
     return inside if inside.is_dir() else package.parent / "model_repository"
 
 
+def install_backend(directory: pathlib.Path, name: str) -> pathlib.Path:
+    """Put this package into Triton's backend `directory` as the backend `name`, and return its folder there.
+
+    Raises `InvalidArgument` for a name that is no folder's or is another backend's, OSError where it cannot write.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        raise InvalidArgument("name", name, "must be letters, digits and underscores")
+    folder = directory / name
+    model = folder / "model.py"
+    if folder.exists() and not (model.is_file() and __package__ in model.read_text()):
+        raise InvalidArgument("name", name, f"{folder} is another backend; move it away, or choose another name")
+    folder.mkdir(exist_ok=True)
+    shutil.copy(packaged_repository() / MODEL_NAME / "1" / "model.py", model)
+    return folder
+
+
 def _stub(wheel: pathlib.Path) -> pathlib.Path:
     return wheel / "python_backend_stubs" / _PYTHON / "triton_python_backend_stub"
 
@@ -203,8 +221,11 @@ def _linked_backends(wheel: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     python = folder / "backends" / "python"
     python.mkdir(parents=True)
     for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
-        (python / name).symlink_to(wheel / "backends" / "python" / name)
+        # A copy: for a backend that is written in Python, the server refuses a library that a symlink leads out to.
+        shutil.copy(wheel / "backends" / "python" / name, python)
     (python / "triton_python_backend_stub").symlink_to(_stub(wheel))
+    for name in BACKEND_NAMES:
+        install_backend(python.parent, name)
     return python.parent
 
 

@@ -24,6 +24,7 @@ from triton_server_model.sender import Sender
 from triton_server_model.server_process import end_with_server, unloads_models
 from triton_server_model.tracing import Tracer
 from triton_server_model.unknown import UnknownParameters
+from triton_server_model.vllm_config import engine_fields
 
 
 class TritonPythonModel:
@@ -42,12 +43,14 @@ class TritonPythonModel:
         return config
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the engine that `engine.json`, in the version directory, describes, in a process of its own."""
+        """Load the engine that `engine.json`, or else vLLM's `model.json`, describes, in a process of its own."""
         end_with_server()
         self._name, self._finalizing = args["model_name"], False
         self._log = TritonLog(self._name)
         shows_metrics = is_wanted(args["model_config"])
         path = pathlib.Path(args["model_repository"], args["model_version"], "engine.json")
+        if not path.exists() and path.with_name("model.json").exists():
+            path = path.with_name("model.json")
         try:
             self._engine = EngineProcess(_read_config(path), environment=_devices(args))
         except (PagedBackendError, OSError, json.JSONDecodeError) as error:
@@ -112,8 +115,8 @@ def _devices(args: dict[str, str]) -> dict[str, str]:
 def _read_config(path: pathlib.Path) -> EngineConfig:
     fields = json.loads(path.read_text())
     if not isinstance(fields, dict):
-        raise InvalidArgument("engine.json", fields, "must be a JSON object of EngineConfig fields")
-    config = EngineConfig(**fields)
+        raise InvalidArgument(path.name, fields, "must be a JSON object of EngineConfig fields")
+    config = EngineConfig(**(engine_fields(fields) if path.name == "model.json" else fields))
     local = path.parent / config.require_model()
     if local.exists() or config.require_model().startswith("."):
         config = config.model_copy(update={"model": str(local.resolve())})

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from paged_backend.scheduler.policy import SchedulingPolicy
     from paged_backend.scheduler.preemption import PreemptionPolicy
     from paged_backend.simulate.router import Router
+    from paged_backend.text.grammar import GrammarBackend
 
 NAMES = {
     "paged_attention_backend": ("reference", "cpu", "triton"),
     "paged_scheduling_policy": ("fcfs", "priority", "shortest-remaining", "fair-share"),
     "paged_preemption_policy": ("auto", "swap", "recompute"),
     "paged_eviction_policy": ("lru",),
+    "paged_grammar_backend": ("llguidance",),
     "paged_router": ("round-robin", "least-loaded", "prefix-affinity"),
 }
 """What each factory here makes."""
@@ -88,6 +90,14 @@ def paged_eviction_policy(name: str, config: EngineConfig) -> EvictionPolicy | N
     from paged_backend.kv_cache.eviction import LeastRecentlyUsed
 
     return LeastRecentlyUsed() if name == "lru" else None
+
+
+@hookimpl(trylast=True)
+def paged_grammar_backend(name: str, config: EngineConfig) -> GrammarBackend | None:
+    """ "llguidance", which "auto" is too."""
+    from paged_backend.text.guidance import LLGuidance
+
+    return LLGuidance if name in ("auto", "llguidance") else None
 
 
 @hookimpl(trylast=True)

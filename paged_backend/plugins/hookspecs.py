@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from paged_backend.scheduler.preemption import PreemptionPolicy
     from paged_backend.simulate.router import Router
     from paged_backend.stats import StepStats
+    from paged_backend.text.grammar import GrammarBackend
 
 hookspec = pluggy.HookspecMarker("paged_backend")
 
@@ -52,6 +53,11 @@ def paged_preemption_policy(name: str, config: EngineConfig) -> PreemptionPolicy
 @hookspec(firstresult=True)
 def paged_eviction_policy(name: str, config: EngineConfig) -> EvictionPolicy | None:
     """Make the eviction policy called `name`: which cached block goes first. Asked once for each tier of blocks."""
+
+
+@hookspec(firstresult=True)
+def paged_grammar_backend(name: str, config: EngineConfig) -> GrammarBackend | None:
+    """Make the grammar backend called `name`: it says which tokens `structured_outputs` allow next."""
 
 
 @hookspec(firstresult=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -13,8 +12,6 @@ from torch import Tensor
 
 from paged_backend.request import Request
 from paged_backend.runner.penalties import Penalties
-
-logger = logging.getLogger(__name__)
 
 
 class LogitsEdits:
@@ -98,10 +95,7 @@ class LogitsEdits:
         if request.grammar is None:
             return allowed
         row = np.zeros(-(-self._vocab_size // 32), dtype=np.int32)
-        try:
-            request.grammar.fill(row)
-        except Exception:  # nothing is allowed then, which ends this request alone
-            logger.exception("request %s: its grammar failed", request.request_id)
+        request.grammar.fill(row)
         return row if allowed is None else row & allowed
 
     def _on_device(self, values: Sequence[int] | Sequence[float]) -> Tensor:

@@ -1,0 +1,357 @@
+"""An engine in a process of its own, without a server."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import Metric
+
+from paged_backend import (
+    Engine,
+    EngineConfig,
+    EngineDead,
+    InvalidArgument,
+    Overloaded,
+    RequestOutput,
+    SamplingParams,
+)
+from paged_backend import engine_process as module
+from paged_backend.engine_messages import Packer, Unpacker
+from paged_backend.engine_process import EngineProcess
+from tests import trouble
+
+CONFIG = {"dtype": "float32", "device": "cpu", "num_blocks": 256, "max_num_seqs": 8, "max_waiting": 16}
+LONG = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
+
+
+def start(model: Path, **environment: str) -> EngineProcess:
+    config = EngineConfig(model=str(model), **CONFIG)
+    return EngineProcess(config, environment={"OMP_NUM_THREADS": "1"} | environment)
+
+
+class Listener:
+    """Receives, and knows all outputs of every request."""
+
+    def __init__(self, engine: EngineProcess) -> None:
+        self.engine = engine
+        self.outputs: dict[str, list[RequestOutput]] = defaultdict(list)
+
+    def until(self, done: Callable[[], bool], seconds: float = 30) -> None:
+        deadline = time.monotonic() + seconds
+        while not done():
+            assert time.monotonic() < deadline, {name: outputs[-1] for name, outputs in self.outputs.items()}
+            for output in self.engine.receive(0.02):
+                assert not self.ended(output.request_id)
+                self.outputs[output.request_id].append(output)
+
+    def ended(self, name: str) -> bool:
+        return bool(self.outputs[name]) and self.outputs[name][-1].finished
+
+    def last(self, name: str) -> RequestOutput:
+        self.until(lambda: self.ended(name))
+        return self.outputs[name][-1]
+
+    def metric(self, name: str) -> float:
+        collected: list[Metric] = []
+        thread = threading.Thread(target=lambda: collected.extend(self.engine.collect()))
+        thread.start()
+        self.until(lambda: not thread.is_alive())
+        (value,) = (s.value for metric in collected for s in metric.samples if s.name == f"paged_backend_{name}")
+        return value
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_llama_dir: Path) -> Iterator[EngineProcess]:
+    """For the tests that leave it alive."""
+    engine = start(tiny_llama_dir)
+    yield engine
+    engine.close()
+    assert engine.receive(1) == []
+    assert str(engine.error) == "the engine was closed"
+    assert engine.process.returncode == 0
+
+
+@pytest.fixture
+def troubled(tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EngineProcess]:
+    """With the plugin of `trouble`, for one test that may kill it."""
+    trouble.install(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    engine = start(tiny_llama_dir)
+    yield engine
+    engine.process.kill()
+    engine.close()
+
+
+def test_outputs_are_those_of_an_engine_in_this_process(engine: EngineProcess, tiny_llama_dir: Path) -> None:
+    requests: dict[str, tuple[str | list[int], SamplingParams]] = {
+        "greedy": ("the quick brown fox", SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)),
+        "tokens": ([5, 6, 7], SamplingParams(max_tokens=9, seed=3, ignore_eos=True)),
+        "three": ("jumps over", SamplingParams(n=3, max_tokens=12, seed=5, ignore_eos=True)),
+        "beams": ("lazy dogs", SamplingParams(beam_width=2, n=2, max_tokens=6)),
+        "stopped": ("it", SamplingParams(max_tokens=60, temperature=0, stop=("e",), ignore_eos=True)),
+        "one": ("a", SamplingParams(max_tokens=1, temperature=0)),
+    }
+    ours = Engine(EngineConfig(model=str(tiny_llama_dir), **CONFIG))
+    expected: dict[str, list[RequestOutput]] = defaultdict(list)
+    for name, (prompt, params) in requests.items():
+        ours.add_request(prompt, params, request_id=name)
+        while ours.has_work:
+            for output in ours.step():
+                expected[name].append(output)
+    ours.close()
+
+    began, listener = time.monotonic(), Listener(engine)
+    for name, (prompt, params) in requests.items():
+        engine.submit(name, prompt, params)
+        assert listener.last(name).end_time is not None
+        untimed = [
+            [
+                dataclasses.replace(output, arrival_time=0, first_token_time=None, end_time=None)
+                for output in sorted(outputs, key=lambda output: output.index)
+            ]
+            for outputs in (listener.outputs[name], expected[name])
+        ]
+        assert untimed[0] == untimed[1]
+        for output in listener.outputs[name]:
+            assert output.first_token_time is not None
+            assert began < output.arrival_time < output.first_token_time < time.monotonic()
+
+
+def test_only_the_process_of_the_engine_has_torch(engine: EngineProcess) -> None:
+    code = "import sys, paged_backend.engine_process; print({'torch', 'transformers'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    assert "libtorch" in Path(f"/proc/{engine.process.pid}/maps").read_text()
+    command = Path(f"/proc/{engine.process.pid}/cmdline").read_text().split("\0")
+    assert command[0].startswith(sys.prefix)
+
+
+def test_bad_input_fails_alone_with_its_own_error(engine: EngineProcess) -> None:
+    listener = Listener(engine)
+    engine.submit("empty", "")
+    engine.submit("token", [5, 999])
+    engine.submit("fine", "fine", LONG)
+    with pytest.raises(InvalidArgument, match="request_id='fine': is in use"):
+        engine.submit("fine", "fine")
+    error = listener.last("token").error
+    assert isinstance(error, InvalidArgument)
+    assert (error.field, error.value, error.allowed) == ("prompt[1]", 999, "must be a token id in 0..258")
+    assert str(error) == "prompt[1]=999: must be a token id in 0..258"
+    assert str(listener.last("empty").error) == "prompt='': must have at least one token"
+    assert listener.last("fine").finish_reason == "length"
+
+
+def test_overload_and_abort(engine: EngineProcess) -> None:
+    listener, names = Listener(engine), [f"request {number}" for number in range(80)]
+    for name in names:
+        engine.submit(name, "hello", LONG)
+    listener.until(lambda: sum(map(listener.ended, names)) >= 40)
+    for name in [*names, "unknown"]:
+        engine.abort(name)
+    lasts = [listener.last(name) for name in names]
+    assert sum(last.finish_reason == "abort" for last in lasts) >= CONFIG["max_num_seqs"]
+    refused = [last.error for last in lasts if last.finish_reason != "abort"]
+    assert {type(error) for error in refused} == {Overloaded}
+    assert "max_waiting is 16" in str(refused[0])
+
+
+def test_metrics(engine: EngineProcess) -> None:
+    listener = Listener(engine)
+    before = listener.metric("output_tokens_total")
+    engine.submit("five", "hello", SamplingParams(max_tokens=5, ignore_eos=True))
+    listener.last("five")
+    assert listener.metric("output_tokens_total") - before == 5
+
+
+def test_an_abort_waits_for_nothing(engine: EngineProcess) -> None:
+    listener = Listener(engine)
+    engine.submit("running", "hello", LONG)
+    listener.until(lambda: bool(listener.outputs["running"]))
+    os.kill(engine.process.pid, signal.SIGSTOP)
+    try:
+        big = threading.Thread(target=engine.submit, args=("big", "x" * 2**20))
+        big.start()
+        while not engine._sending.locked():
+            time.sleep(0.001)
+        began = time.monotonic()
+        engine.abort("running")
+        listener.until(lambda: not engine.receive(0))
+        assert time.monotonic() - began < 1
+        assert big.is_alive()
+    finally:
+        os.kill(engine.process.pid, signal.SIGCONT)
+    assert "has 1048576 tokens" in str(listener.last("big").error)
+    assert listener.last("running").finish_reason in ("abort", "length")
+
+
+def test_a_fatal_error_is_told_to_all(troubled: EngineProcess) -> None:
+    listener = Listener(troubled)
+    kinds = {trouble.UNPICKLABLE: RuntimeError, trouble.STRANGER: OSError, trouble.QUOTA: Overloaded}
+    texts = {trouble.UNPICKLABLE: "it holds a lambda", trouble.STRANGER: "no such thing", trouble.QUOTA: "used 7"}
+    for seed, kind in kinds.items():
+        troubled.submit(f"seed {seed}", "hello", SamplingParams(seed=seed))
+        error = listener.last(f"seed {seed}").error
+        assert type(error) is kind
+        assert texts[seed] in str(error)
+    assert troubled.error is None
+
+    for name in "abc":
+        troubled.submit(name, "hello", LONG)
+    listener.until(lambda: all(listener.outputs[name] for name in "abc"))
+    troubled.submit("fatal", "hello", SamplingParams(seed=trouble.FATAL))
+    listener.until(lambda: troubled.error is not None)
+    for name in ("a", "b", "c", "fatal"):
+        error = listener.last(name).error
+        assert isinstance(error, EngineDead)
+        assert str(error) == "the engine has stopped: no memory is left on the device"
+    with pytest.raises(EngineDead, match="no memory is left on the device"):
+        troubled.submit("late", "hello")
+    assert troubled.process.wait(5) == 0
+    assert listener.metric("output_tokens_total") >= 3
+    assert (listener.metric("requests_running"), listener.metric("kv_blocks_total")) == (0, 0)
+
+
+def test_a_killed_process_fails_what_is_open(troubled: EngineProcess) -> None:
+    """Whether it runs, waits or is still in the pipe."""
+    listener, names = Listener(troubled), [f"request {number}" for number in range(8 + 4)]
+    for name in names[:8]:
+        troubled.submit(name, "hello", LONG)
+    listener.until(lambda: all(listener.outputs[name] for name in names[:8]))
+    os.kill(troubled.process.pid, signal.SIGSTOP)
+    for name in names[8:]:
+        troubled.submit(name, "hello", LONG)
+    os.kill(troubled.process.pid, signal.SIGKILL)
+    began = time.monotonic()
+    listener.until(lambda: troubled.error is not None)
+    assert time.monotonic() - began < 1
+    cause = "the engine process was killed by SIGKILL, as the kernel does when memory runs out"
+    for name in names:
+        assert isinstance(listener.last(name).error, EngineDead)
+        assert str(listener.last(name).error) == cause
+    with pytest.raises(EngineDead, match=cause):
+        troubled.submit("late", "hello")
+    assert troubled.receive(10) == []
+
+
+def test_close_ends_every_request_exactly_once(tiny_llama_dir: Path) -> None:
+    engine = start(tiny_llama_dir)
+    listener, names = Listener(engine), [f"request {number}" for number in range(12)]
+    for name in names:
+        engine.submit(name, "hello", LONG)
+    listener.until(lambda: any(listener.outputs[name] for name in names))
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    listener.until(lambda: engine.error is not None)
+    closing.join()
+    assert {listener.last(name).finish_reason for name in names} <= {"abort", "error"}
+    assert sum(listener.last(name).finish_reason == "abort" for name in names) == 12
+    assert engine.process.returncode == 0
+    engine.close()
+    with pytest.raises(EngineDead, match="the engine was closed"):
+        engine.submit("late", "hello")
+
+
+def test_closing_a_stuck_engine_kills_it(troubled: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CLOSE_SECONDS", 0.5)
+    listener = Listener(troubled)
+    troubled.submit("stuck", "hello", SamplingParams(seed=trouble.STUCK))
+    listener.until(lambda: listener.metric("requests_running") == 1)
+    troubled.close()
+    assert isinstance(listener.last("stuck").error, EngineDead)
+    assert troubled.process.returncode == -signal.SIGKILL
+
+
+PARENT = """
+import sys, time
+from paged_backend import EngineConfig, SamplingParams
+from paged_backend.engine_process import EngineProcess
+
+if __name__ == "__main__":
+    engine = EngineProcess(EngineConfig(model=sys.argv[1], num_blocks=64, device="cpu"))
+    print(engine.process.pid, flush=True)
+    engine.submit("request", "hello", SamplingParams(seed=int(sys.argv[2])))
+    time.sleep(1000)
+"""
+
+
+def test_it_ends_with_its_parent_even_in_the_middle_of_a_step(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    trouble.install(tmp_path)
+    (tmp_path / "parent.py").write_text(PARENT)
+    command = [sys.executable, str(tmp_path / "parent.py"), str(tiny_llama_dir), str(trouble.STUCK)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        assert parent.stdout.readline() == "stuck\n"
+        parent.kill()
+    began = time.monotonic()
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() - began < 3
+        time.sleep(0.05)
+
+
+def test_what_hinders_the_start_is_raised(tiny_llama_dir: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    with pytest.raises(InvalidArgument, match=r"max_model_len=9999: at most 512, the model's context") as raised:
+        EngineProcess(EngineConfig(model=str(tiny_llama_dir), max_model_len=9999, device="cpu"))
+    assert raised.value.field == "max_model_len"
+    trouble.install(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EngineDead, match="the engine process exited with code 7 while it loaded the model"):
+        start(tiny_llama_dir, **{trouble.DIES_AT_START: "1"})
+
+
+@given(st.data())
+def test_packing(data: st.DataObject) -> None:
+    """Steps of a few requests with two sequences each, any of which may begin and end within one step."""
+    packer, unpacker, number = Packer(), Unpacker(), 0
+    live: dict[str, list[int]] = {}
+    """Tokens of each sequence."""
+    for _ in range(data.draw(st.integers(1, 6))):
+        step: list[RequestOutput] = []
+        for _ in range(data.draw(st.integers(0, 8))):
+            if len(live) < 3 and data.draw(st.booleans()):
+                live[f"request {number}"] = [0, 0]
+                number += 1
+            if not live:
+                continue
+            name, index = data.draw(st.sampled_from(sorted(live))), data.draw(st.integers(0, 1))
+            token_ids = data.draw(st.lists(st.integers(0, 9), max_size=2))
+            live[name][index] += len(token_ids)
+            end = data.draw(st.sampled_from([None, None, None, "length", "error"]))
+            step.append(
+                RequestOutput(
+                    name,
+                    data.draw(st.text(max_size=2)),
+                    token_ids,
+                    num_prompt_tokens=len(name) + index,
+                    num_output_tokens=live[name][index],
+                    finish_reason=end,
+                    error=InvalidArgument("field", end, "allowed") if end == "error" else None,
+                    finished=end is not None,
+                    index=index,
+                    arrival_time=float(name[-1]),
+                )
+            )
+            if end is not None:
+                del live[name]
+        got = unpacker.unpack(pickle.loads(pickle.dumps(packer.pack(step))))
+        assert len(got) == len(step)
+        for name in {output.request_id for output in step}:
+            for index in range(2):
+                mine, theirs = (
+                    [o for o in outputs if (o.request_id, o.index) == (name, index)] for outputs in (got, step)
+                )
+                assert list(map(str, mine)) == list(map(str, theirs))
