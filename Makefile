@@ -38,7 +38,9 @@ $(BIN)/python:
 	@echo "making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(STAMP): pyproject.toml constraints/cpu.txt | $(BIN)/python
+KERNELS := hatch_build.py $(wildcard kernels/paged_kernels/cpu/*.cpp kernels/paged_kernels/cpu/*.h kernels/paged_kernels/cpu/library.py)
+
+$(STAMP): pyproject.toml constraints/cpu.txt $(KERNELS) | $(BIN)/python
 	@echo "installing into $(VENV)"
 	@$(PIP) install $(PIP_FLAGS) -c constraints/cpu.txt -e '.[server,openai,otel,demo,guided,bench,dev]'
 	@touch $@

@@ -86,8 +86,8 @@ class EngineConfig(CheckedModel):
     eviction_policy: str = "lru"
     """Which cached block goes first when room is needed."""
     attention_backend: str = "auto"
-    """reference (plain PyTorch), triton (kernels for CUDA GPUs), or auto: triton on a GPU that has the
-    shared memory (A100, H100 and later data-centre GPUs); plugins add more."""
+    """reference (plain PyTorch), cpu (compiled kernels, AVX2 or AVX-512), triton (kernels for CUDA GPUs), or auto: cpu
+    on a CPU, triton on a GPU that has the shared memory (A100, H100 and later ones); plugins add more."""
     grammar_backend: str = "auto"
     """What compiles `SamplingParams.structured_outputs`: llguidance, or auto, which is that; plugins add more."""
     fuse: bool = True

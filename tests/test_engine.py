@@ -396,7 +396,7 @@ def test_text_with_tokens_the_model_has_no_embedding_for_is_refused(byte_tokeniz
 
 def test_a_model_serves_one_engine_at_a_time_and_only_through_its_attention() -> None:
     model = build("llama")
-    engine = Engine(EngineConfig(num_blocks=16), model=model)
+    engine = Engine(EngineConfig(num_blocks=16, fuse=False), model=model)
     with pytest.raises(UnsupportedModel, match="in use by another engine"):
         Engine(EngineConfig(num_blocks=16), model=model)
     model.set_attn_implementation("eager")

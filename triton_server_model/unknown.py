@@ -24,6 +24,7 @@ class UnknownParameters:
             ["name"],
             registry=registry,
         )
+        self._counter.labels("other")
         self._seen: set[str] = set()
 
     def count(self, names: Iterable[str]) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from paged_backend.text.grammar import GrammarBackend
 
 NAMES = {
-    "paged_attention_backend": ("reference", "triton"),
+    "paged_attention_backend": ("reference", "cpu", "triton"),
     "paged_scheduling_policy": ("fcfs", "priority", "shortest-remaining", "fair-share"),
     "paged_preemption_policy": ("auto", "swap", "recompute"),
     "paged_eviction_policy": ("lru",),
@@ -41,12 +41,16 @@ def paged_load_model(config: EngineConfig) -> LoadedModel:
 
 @hookimpl(trylast=True)
 def paged_attention_backend(name: str, config: EngineConfig) -> AttentionBackend | None:
-    """ "reference" and "triton"."""
+    """ "reference", "cpu" and "triton"."""
     match name:
         case "reference":
             from paged_kernels.attention import ReferenceAttention
 
             return ReferenceAttention()
+        case "cpu":
+            from paged_kernels.cpu.attention import CpuAttention
+
+            return CpuAttention()
         case "triton":
             from paged_kernels.gpu.attention import TritonAttention
 

@@ -13,22 +13,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from paged_kernels.attention import LayerCache, LayerSpec
-from paged_kernels.gpu.activation import gated
-from paged_kernels.gpu.few_rows import (
-    MAX_FEW_ROWS,
-    MAX_GATE_UP_ROWS,
-    NUM_COUNTERS,
-    few_rows_gate_up,
-    few_rows_linear,
-)
-from paged_kernels.gpu.gemv import linear_add, norm_gate_up, norm_linear
-from paged_kernels.gpu.norm import add_norm
-from paged_kernels.gpu.rope import Rope, rope_and_write_reference
+from paged_kernels.rope import Rope, rope_and_write_reference
 from torch import Tensor, nn
 
 from paged_backend.runner.attention import Layer, handling
@@ -128,14 +119,13 @@ class FusedModel:
     Everything in a forward can be captured in a CUDA graph, apart from MLPs that are called as modules.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: list[Layer], max_positions: int) -> None:
+    def __init__(self, model: PreTrainedModel, layers: list[Layer], max_positions: int, kernels: ModuleType) -> None:
         """Rebuild a model whose attention is attached and probed as `layers`.
 
-        Positions are below `max_positions`. Raises `NotFusable`, before or after packing: the model works either way.
+        `kernels` is `paged_kernels.gpu.layers` or its counterpart for CPUs. Positions are below `max_positions`. Raises
+        `NotFusable`, before or after packing: the model works either way.
         """
-        self.own_linears = False
-        """Whether few tokens take our own kernels for projections, with norms or activation fused into some."""
-        self._counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=model.device)
+        self._kernels, self.linears = kernels, kernels.Linears(model.device)
         decoder, head = model.get_decoder(), model.get_output_embeddings()
         blocks = getattr(decoder, "layers", [])[: len(layers)]
         if [getattr(block, "self_attn", None) for block in blocks] != [layer.module for layer in layers]:
@@ -160,15 +150,23 @@ class FusedModel:
             _fuse(block, layer.spec, model.dtype, eps, self._copies)
             for block, layer in zip(blocks, layers, strict=True)
         ]
+        self._parameters = list(model.parameters())
+        self._version = sum(parameter._version for parameter in self._parameters)
         self._observe(model, blocks, multiplier, max_positions)
         if model.device.type == "cuda":
-            self.own_linears = True  # not before: they would be compiled one by one
+            self.linears.own = True  # not before: they would be compiled one by one
             torch.cuda.empty_cache()  # of the parameters before packing
 
     def refresh(self) -> None:
-        """Take over weights that have changed where copies of them are kept: norms that multiply with 1 + weight."""
+        """Take over weights that have changed where copies of them are kept: norms that multiply with 1 + weight, and
+        what linear layers have packed.
+        """
         for copy, weight in self._copies:
             copy.copy_(weight).add_(1)
+        version = sum(parameter._version for parameter in self._parameters)
+        if version != self._version:
+            self._version = version
+            self.linears.forget()
 
     @property
     def has_static_shapes(self) -> bool:
@@ -185,14 +183,14 @@ class FusedModel:
 
     def _decode(self, residual: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """Logits of embeddings `[tokens, hidden]`. As layers are called, these become the residual stream, in place."""
-        one = self.own_linears and len(residual) == 1
+        kernels, one = self._kernels, self.linears.own and len(residual) == 1
         update: Tensor | None = None  # to be added to the residual stream
         update_norm: Tensor | None = None
         for index, layer in enumerate(self.layers):
             if one and update is None:
-                qkv = norm_linear(residual, *layer.qkv, layer.input_norm, self._eps)
+                qkv = kernels.norm_linear(residual, *layer.qkv, layer.input_norm, self._eps)
             else:
-                normed = add_norm(update, residual, layer.input_norm, self._eps, update_norm)
+                normed = kernels.add_norm(update, residual, layer.input_norm, self._eps, update_norm)
                 qkv = self._linear(normed, layer.qkv)
             attended = attend(index, layer, qkv)
             if rows is not None and index == len(self.layers) - 1:
@@ -201,19 +199,20 @@ class FusedModel:
                     return residual.new_empty(0, len(self._head.weight))
             if one and layer.plain:
                 assert isinstance(layer.mlp, GLU)
-                residual = linear_add(attended, *layer.out, residual)
+                residual = kernels.linear_add(attended, *layer.out, residual)
                 gate_up = layer.mlp.gate_up.weight
-                hidden = norm_gate_up(residual, gate_up, layer.mlp_norm, self._eps, layer.mlp.activation)
-                residual = linear_add(hidden, *layer.mlp.down, residual)
+                hidden = kernels.norm_gate_up(residual, gate_up, layer.mlp_norm, self._eps, layer.mlp.activation)
+                residual = kernels.linear_add(hidden, *layer.mlp.down, residual)
                 update = update_norm = None
             else:
                 added = self._linear(attended, layer.out)
-                normed = add_norm(added, residual, layer.mlp_norm, self._eps, layer.attention_norm)
+                normed = kernels.add_norm(added, residual, layer.mlp_norm, self._eps, layer.attention_norm)
                 update, update_norm = self._feed_forward(layer.mlp, normed), layer.mlp_out_norm
+        logits: Tensor
         if one and update is None:
-            logits = norm_linear(residual, *self._head, self._norm, self._eps)
+            logits = kernels.norm_linear(residual, *self._head, self._norm, self._eps)
         else:
-            normed = add_norm(update, residual, self._norm, self._eps, update_norm)
+            normed = kernels.add_norm(update, residual, self._norm, self._eps, update_norm)
             logits = self._linear(normed, self._head)
         if self._logits_divisor != 1.0:
             logits /= self._logits_divisor
@@ -222,25 +221,17 @@ class FusedModel:
         return logits
 
     def _linear(self, x: Tensor, linear: Linear) -> Tensor:
-        if self._is_few(x, MAX_FEW_ROWS):
-            return few_rows_linear(x, *linear, self._counters)
-        return F.linear(x, *linear)
+        out: Tensor = self.linears(x, *linear)
+        return out
 
     def _feed_forward(self, mlp: GLU | nn.Module, x: Tensor) -> Tensor:
         if isinstance(mlp, GLU):
-            if self._is_few(x, MAX_GATE_UP_ROWS) and mlp.activation != "gelu" and mlp.gate_up.bias is None:
-                hidden = few_rows_gate_up(x, mlp.gate_up.weight, mlp.activation)
-            else:
-                hidden = gated(self._linear(x, mlp.gate_up), mlp.activation)
+            hidden = self.linears.gate_up(x, *mlp.gate_up, mlp.activation)
             return self._linear(hidden, mlp.down)
         out = mlp(x.unsqueeze(0))
         # Some experts return their router's scores too.
         added: Tensor = (out[0] if isinstance(out, tuple) else out).squeeze(0)
         return added
-
-    def _is_few(self, x: Tensor, most: int) -> bool:
-        """Whether our own kernels are the fastest."""
-        return self.own_linears and 0 < len(x) <= most and x.shape[1] % 16 == 0
 
     def _observe(self, model: PreTrainedModel, blocks: Sequence[nn.Module], scale: float, max_positions: int) -> None:
         """Compare with a forward of the model, in which every token sees only itself; find each layer's rope.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from paged_backend.runner.attention import ForwardContext, attach, detach, handl
 from paged_backend.runner.batch import FlatBatch
 from paged_backend.runner.loader import keeps_logits
 from paged_backend.runner.probe import probe
+from paged_backend.runner.rotated_attention import RotatedAttention
 from paged_backend.runner.step import PagedAttention, StepInputs
 
 if TYPE_CHECKING:
@@ -51,13 +53,13 @@ class PagedModel:
             for layer in range(len(self.layers))
         ]
 
-    def fuse(self, max_positions: int) -> None:
-        """Use fused kernels for up to `max_positions`. Raises `NotFusable`."""
+    def fuse(self, max_positions: int, layer_kernels: ModuleType) -> None:
+        """Use fused layers for up to `max_positions`, of these kernels. Raises `NotFusable`."""
         from paged_backend.runner.fused import FusedModel, NotFusable
 
         if len({layer.spec.group for layer in self.layers}) > 1:
             raise NotFusable("its layers have different numbers of query heads a KV head")
-        self.fused = FusedModel(self.model, self.layers, max_positions)
+        self.fused = FusedModel(self.model, self.layers, max_positions, layer_kernels)
 
     @torch.inference_mode()
     def refresh(self) -> None:
@@ -100,7 +102,7 @@ class PagedModel:
         """Float32 logits `[len(flat.logits_at), vocab]` of one step. There must be a cache (`allocate`)."""
         assert self.storage is not None
         num_single = next((row for row, count in enumerate(counts) if count > 1), len(counts))
-        if self.fused is not None:
+        if self.fused is not None and self.device.type != "cpu":
             with torch.inference_mode():
                 return self.compute(self._inputs(flat, starts, counts, num_single)).float()
         batches = [
@@ -108,6 +110,10 @@ class PagedModel:
             for slot_mapping, block_tables in zip(flat.slot_mapping, flat.block_tables, strict=True)
         ]
         at = self._on_device(flat.logits_at)
+        if self.fused is not None:
+            attention = RotatedAttention(self.backend, self.storage.layers, self._group_of, batches, at)
+            with torch.inference_mode():
+                return self.fused(self._on_device(flat.input_ids), attention, at).float()
         keep = {"logits_to_keep": at} if self._keeps_logits else {}
         context = ForwardContext(
             self.backend, self.layers, self.storage.layers, [batches[group] for group in self._group_of]

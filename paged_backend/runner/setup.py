@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +33,8 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
 
 def default_backend(device: torch.device) -> str:
     """The attention backend that `auto` stands for."""
+    if device.type == "cpu":
+        return "cpu"
     if device.type != "cuda":
         return "reference"
     # Tiles of the kernels take up to 160 KiB of shared memory, which consumer GPUs do not have.
@@ -53,8 +56,13 @@ def make_model(
     """The model over a paged cache. Raises `UnsupportedModel` where that cannot be."""
     paged = PagedModel(model, backend)
     try:
-        if config.fuse and getattr(backend, "fuses", False):
-            _fuse(paged, config.block_size, max_positions)
+        layer_kernels = None
+        if config.fuse and hasattr(backend, "layer_kernels"):
+            layer_kernels = backend.layer_kernels(
+                [layer.spec for layer in paged.layers], config.block_size, paged.dtype
+            )
+        if layer_kernels is not None:
+            _fuse(paged, config.block_size, max_positions, layer_kernels)
         if paged.fused is None:
             verify(paged, config.block_size)
     except BaseException:
@@ -63,12 +71,12 @@ def make_model(
     return paged
 
 
-def _fuse(paged: PagedModel, block_size: int, max_positions: int) -> None:
+def _fuse(paged: PagedModel, block_size: int, max_positions: int, layer_kernels: ModuleType) -> None:
     from paged_backend.runner.fused import NotFusable
 
     name = type(paged.model).__name__
     try:
-        paged.fuse(max_positions)
+        paged.fuse(max_positions, layer_kernels)
         if paged.device.type == "cuda":
             from paged_kernels.gpu.compilation import compile_ahead
 
@@ -87,7 +95,8 @@ def make_runner(
     logits_processors: Sequence[LogitsProcessor],
 ) -> ModelRunner:
     """A runner that leaves tokens on the device, if the model is fused and no plugin wants the logits."""
-    if paged.fused is None or sampler is not sample or logits_processors:
+    has_device_steps = getattr(paged.backend, "has_device_steps", False)
+    if paged.fused is None or not has_device_steps or sampler is not sample or logits_processors:
         return ModelRunner(
             paged,
             cache.tables,

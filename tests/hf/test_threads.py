@@ -92,7 +92,7 @@ def test_a_bad_row_is_refused(make_patched: Any) -> None:
 
 
 def test_a_failing_step_raises_in_every_caller(make_patched: Any) -> None:
-    model = make_patched(strict=True)
+    model = make_patched(strict=True, fuse=False)  # so that hooks are called
     together = threading.Barrier(3)
     calls = iter(range(100))
 

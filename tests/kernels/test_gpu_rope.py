@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from paged_kernels.attention import LayerCache
-from paged_kernels.gpu.rope import Rope, rope_and_write, rope_and_write_reference
+from paged_kernels.gpu.rope import rope_and_write
+from paged_kernels.rope import Rope, rope_and_write_reference
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from paged_backend.runner.probe import probe
 from tests import tiny
 
 pytest.importorskip("triton")
-from paged_kernels.gpu.rope import rope_and_write_reference
+from paged_kernels.cpu import layers as cpu_layers
+from paged_kernels.gpu import layers as gpu_layers
+from paged_kernels.rope import rope_and_write_reference
 
 from paged_backend.runner.fused import GLU, FusedLayer, FusedModel, NotFusable
 
@@ -72,9 +75,9 @@ def build(family: str = "llama", **overrides: Any) -> PreTrainedModel:
     return tiny.build(family, **overrides).to(DEVICE)
 
 
-def fuse(model: PreTrainedModel) -> FusedModel:
+def fuse(model: PreTrainedModel, kernels: ModuleType = gpu_layers) -> FusedModel:
     attach(model)
-    return FusedModel(model, probe(model), LONGEST)
+    return FusedModel(model, probe(model), LONGEST, kernels)
 
 
 class Causal:
@@ -99,11 +102,11 @@ class Causal:
 
 
 @torch.inference_mode()
-def check(model: PreTrainedModel) -> None:
+def check(model: PreTrainedModel, kernels: ModuleType = gpu_layers) -> None:
     """Fuse a model; its logits and those of some rows must be as before, its own as well."""
     ids = torch.randint(3, 128, (33,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     before = model(ids[None]).logits[0]
-    fused = fuse(model)
+    fused = fuse(model, kernels)
     assert torch.equal(model(ids[None]).logits[0], before)
     allowed = 2e-4 * float(before.abs().max())
     torch.testing.assert_close(fused(ids, Causal(len(ids))), before, rtol=0, atol=allowed)
@@ -112,9 +115,10 @@ def check(model: PreTrainedModel) -> None:
     torch.testing.assert_close(some, before[rows], rtol=0, atol=allowed)
 
 
+@pytest.mark.parametrize("kernels", [gpu_layers] if DEVICE == "cuda" else [gpu_layers, cpu_layers])
 @pytest.mark.parametrize(("family", "overrides"), FUSED)
-def test_fused_logits_are_the_models_own(family: str, overrides: dict[str, Any]) -> None:
-    check(build(family, **overrides))
+def test_fused_logits_are_the_models_own(family: str, overrides: dict[str, Any], kernels: ModuleType) -> None:
+    check(build(family, **overrides), kernels)
 
 
 @pytest.mark.parametrize(("family", "overrides"), [case for case in FUSED if case[0] in ONE])
@@ -124,7 +128,7 @@ def test_other_kernels_give_the_same_logits_of_one_token_and_of_few(family: str,
     with torch.inference_mode():
         before = model(ids[None]).logits[0]
         fused = fuse(model)
-        fused.own_linears = True
+        fused.linears.own = True
         for tokens in (1, 16):
             logits = fused(ids[:tokens], Causal(tokens))
             torch.testing.assert_close(logits, before[:tokens], rtol=0, atol=2e-4 * float(before.abs().max()))

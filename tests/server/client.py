@@ -37,6 +37,8 @@ class Stream:
         """All outputs by name, as lists; strings decoded."""
         self.error: str | None = None
         self.finals = 0
+        self.ended = 0.0
+        """When its last response came, by `time.monotonic`."""
         self._heard = threading.Condition()
         self._client = triton.InferenceServerClient(address, channel_args=[("grpc.enable_http_proxy", 0)])
         self._client.start_stream(self._receive)
@@ -49,6 +51,7 @@ class Stream:
             else:
                 response = result.get_response()
                 self.finals += response.parameters["triton_final_response"].bool_param
+                self.ended = time.monotonic()
                 outputs = {output.name: result.as_numpy(output.name).tolist() for output in response.outputs}
                 for name, values in outputs.items():
                     outputs[name] = [value.decode() if isinstance(value, bytes) else value for value in values]
@@ -134,7 +137,7 @@ class Client:
         """Wait until the metrics port shows all that happened before."""
         labels = {"name": "test_settle"}
         count = self.metric("unknown_parameters_total", **labels) or 0
-        self.ask("x", parameters={"test_settle": 1, "max_tokens": 1})
+        self.refusal("x", parameters={"test_settle": 1, "n": 128})  # counted, but no token is made for it
         self.await_metric("unknown_parameters_total", count + 1, **labels)
 
     def await_metric(self, name: str, value: float | None, /, **labels: str) -> None:

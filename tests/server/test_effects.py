@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -118,36 +117,22 @@ def _(client: Client, engine: Engine) -> None:
     assert client.ask(PROMPT, sampling=BASE | {"timeout_ms": 0}, timeout=0)["text_output"]
 
 
-@effect("queue_timeout_ms")
-def _(client: Client, engine: Engine) -> None:
-    with occupied(client):
-        for way in ({"parameters": {"queue_timeout_ms": 1}}, {"sampling": {"queue_timeout_ms": 1}}):
-            assert "queue_timeout=0.001: the request was ended after 0." in client.refusal(PROMPT, **way)
-
-
-@effect("priority")
+@effect("queue_timeout_ms", "priority")
 def _(client: Client, engine: Engine) -> None:
     all_slots = {"n": ENGINE["max_num_seqs"]}
-    with occupied(client):
-        later = client.stream(PROMPT, sampling=BASE | all_slots | {"priority": 5, "max_tokens": 100})
-        sooner = client.stream(PROMPT, sampling=BASE | all_slots | {"priority": 4})
-        # And by now both are there. gRPC clients refuse a parameter of that name.
-        http = client.generate({"text_input": PROMPT, "parameters": {"priority": 5000}})
-        assert "priority=5000: Input should be less than or equal to 1000" in http.json()["error"]
-    sooner.finish()
-    assert not later.finals
-    later.finish()
-
-
-@contextlib.contextmanager
-def occupied(client: Client) -> Iterator[None]:
-    """Requests keep all slots meanwhile."""
-    long = {"n": ENGINE["max_num_seqs"], "max_tokens": CONTEXT, "ignore_eos": True}
-    busy = [client.stream("busy", sampling=long) for _ in range(2)]
+    long = {"max_tokens": CONTEXT, "ignore_eos": True}
+    busy = [client.stream("busy", sampling=long | all_slots) for _ in range(2)]
     busy[0].wait_for(lambda: busy[0].chunks)
-    yield
-    for stream in busy:
-        stream.cancel()
+    later = client.stream(PROMPT, sampling=BASE | all_slots | {"priority": 5, "max_tokens": 100})
+    sooner = client.stream(PROMPT, sampling=BASE | all_slots | {"priority": 4})
+    for way in ({"parameters": {"queue_timeout_ms": 1}}, {"sampling": {"queue_timeout_ms": 1}}):
+        assert "queue_timeout=0.001: the request was ended after 0." in client.refusal(PROMPT, **way)
+    http = client.generate({"text_input": PROMPT, "parameters": {"priority": 5000}})  # gRPC clients refuse that name
+    assert "priority=5000: Input should be less than or equal to 1000" in http.json()["error"]
+    for stream in (later, sooner, *busy):
+        stream.finish()
+        assert stream.error is None
+    assert sooner.ended < later.ended
 
 
 @effect("tenant")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,11 +23,17 @@ class TritonAttention:
 
     block_size = 64
     """Unless another is asked for: a tile of keys then lies in one block, and prefill is a quarter faster."""
-    fuses = True
-    """The fused model knows this layout."""
+    has_device_steps = True
+    """`DeviceRunner` knows this layout."""
 
     def __init__(self) -> None:
         self._reference = ReferenceAttention()
+
+    def layer_kernels(self, specs: Sequence[LayerSpec], block_size: int, dtype: torch.dtype) -> ModuleType:
+        """What fused models take for all but attention."""
+        from paged_kernels.gpu import layers
+
+        return layers
 
     def allocate(
         self, spec: LayerSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,15 +9,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from paged_kernels.attention import LayerCache
 from paged_kernels.gpu.dependent_launch import supports_dependent_launch
-
-
-class Rope(NamedTuple):
-    """How a layer rotates its queries and keys."""
-
-    cos_sin: Tensor
-    """`[max_positions, rotated]` float32, the cosines and then the sines; further dimensions of a head pass through."""
-    interleaved: bool
-    """Dimensions 2i and 2i + 1 are a pair (GPT-J); otherwise i and i + rotated / 2 (GPT-NeoX, Llama)."""
+from paged_kernels.rope import Rope
 
 
 @triton.jit
@@ -193,35 +182,3 @@ def rope_and_write(
         num_warps=warps,
         launch_pdl=pdl,
     )
-
-
-def rope_and_write_reference(
-    qkv: Tensor,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    rope: Rope | None,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    cache: LayerCache,
-    num_heads: int,
-    num_kv_heads: int,
-) -> None:
-    """The same in plain PyTorch."""
-    _, _, block_size, dim = cache.key.shape
-    query, key, value = torch.split(qkv.view(qkv.shape[0], -1, dim), [num_heads, num_kv_heads, num_kv_heads], 1)
-    for heads, norm in ((query, q_norm), (key, k_norm)):
-        x = heads.float()
-        if norm is not None:
-            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm.float()
-        if rope is not None:
-            rotated = rope.cos_sin.shape[1]
-            cos, sin = rope.cos_sin[positions.long(), None].chunk(2, -1)
-            pairs = x[..., :rotated].reshape(*x.shape[:2], *((-1, 2) if rope.interleaved else (2, -1)))
-            axis = -1 if rope.interleaved else -2
-            first, second = pairs.unbind(axis)
-            turned = torch.stack((first * cos - second * sin, second * cos + first * sin), axis).flatten(-2)
-            x = torch.cat((turned, x[..., rotated:]), -1)
-        heads.copy_(x)
-    for stored, heads in zip(cache, (key, value), strict=True):
-        stored[slot_mapping // block_size, :, slot_mapping % block_size] = heads

@@ -1,0 +1,84 @@
+"""What layers are made of on a CPU, beside attention: linear layers over packed weights, norms, activations."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paged_kernels.cpu import library
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_FEW = 32  # rows that packing is made for; more use the same packed weights
+
+
+class Linears:
+    """Linear layers. In bfloat16, oneDNN gets the weights in the layout it likes: copies, made at their first use."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.own = False
+        """There is no other way to compute one row."""
+        self._packed: dict[int, Tensor] = {}
+        """By address of the weight."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """As `F.linear`."""
+        if weight.dtype != torch.bfloat16:
+            return F.linear(x, weight, bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._pack(weight), bias, "none", [], "")
+        return out
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        packed = self._packed.get(weight.data_ptr())
+        if packed is None:
+            packed = self._packed[weight.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight, _FEW)
+        return packed
+
+    def forget(self) -> None:
+        """Weights have changed: pack them anew."""
+        self._packed.clear()
+
+    def gate_up(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Literal["silu", "gelu_tanh", "gelu"]
+    ) -> Tensor:
+        """`activation(gate) * up` of the two halves of the linear layer."""
+        gate_up = self(x, weight, bias)
+        if activation == "gelu":
+            gate, up = gate_up.float().chunk(2, -1)
+            return (F.gelu(gate) * up).to(x.dtype)
+        tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty(tokens, inner)
+        _call(f"paged_gated_{_NAMES[x.dtype]}", gate_up, out, tokens, inner, activation == "gelu_tanh")
+        return out
+
+
+def add_norm(
+    x: Tensor | None, residual: Tensor, weight: Tensor, eps: float, post_weight: Tensor | None = None
+) -> Tensor:
+    """Add `x` to `residual` in place, and return the RMS norm of the sum times `weight`.
+
+    `x` and `residual` are `[tokens, hidden]`, contiguous; without `x`, the residual is only normalised. `weight` and
+    `post_weight` are `[hidden]`, in the same dtype or float32. With `post_weight`, what is added is the RMS norm of `x`
+    times `post_weight`. The sum is rounded to the dtype of the residual before it is normalised, as eager models do.
+    """
+    out = torch.empty_like(residual)
+    name = f"paged_add_norm_{_NAMES[residual.dtype]}_{_NAMES[weight.dtype]}"
+    _call(name, x, residual, weight, post_weight, out, *residual.shape, ctypes.c_float(eps))
+    return out
+
+
+def _call(name: str, *arguments: Tensor | int | ctypes.c_float | None) -> None:
+    kernels = library.load()
+    assert kernels is not None
+    converted = [
+        ctypes.c_void_p(argument.data_ptr())
+        if isinstance(argument, Tensor)
+        else ctypes.c_int64(argument)
+        if isinstance(argument, int)
+        else argument
+        for argument in arguments
+    ]
+    getattr(kernels, name)(*converted, torch.get_num_threads())
