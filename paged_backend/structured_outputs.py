@@ -6,7 +6,7 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from paged_backend.errors import CheckedModel, InvalidArgument
 
@@ -24,15 +24,13 @@ def _schema(value: object) -> object:
         text = json.dumps(schema)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"must be a JSON schema: {error}") from None
-    if not isinstance(schema, dict | bool):
+    if not isinstance(schema, dict):
         raise ValueError("must be a JSON schema: an object, or its JSON text")
     return text
 
 
 class StructuredOutputs(CheckedModel):
     """What an output has to match: exactly one of these. Names follow vLLM's."""
-
-    model_config = ConfigDict(serialize_by_alias=True)
 
     json_schema: Annotated[str | None, BeforeValidator(_schema)] = Field(None, alias="json", max_length=LONGEST)
     """Written `json`: a JSON schema, as a dict or as JSON text. Kept as text."""

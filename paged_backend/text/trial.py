@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from paged_backend.structured_outputs import Kind
 
-_SECONDS = 5
+_SECONDS = 2
 _MEMORY = 2**30
 _STACK = 2**20
 """Bytes; half of what the smallest of the threads that compile again in earnest may have."""
@@ -53,7 +53,7 @@ class Trial:
 
 def _start() -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-sPm", __name__],
+        [sys.executable, "-sPm", __name__, str(_SECONDS), str(_MEMORY)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # what it dies of is the business of who sent it
@@ -73,18 +73,19 @@ def _cause_of_death(code: int) -> str:
 
 
 def main() -> None:
-    """Answer lines of [kind, text] with lines of [grammar, error]."""
+    """Answer lines of [kind, text] with lines of [grammar, error]. Arguments: seconds for each, bytes in all."""
     from llguidance import LLMatcher, LLParserLimits, grammar_from
 
+    seconds, memory = float(sys.argv[1]), int(sys.argv[2])
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-    for what, most in (("AS", _MEMORY), ("STACK", _STACK), ("CORE", 0)):
+    for what, most in (("AS", memory), ("STACK", _STACK), ("CORE", 0)):
         resource.setrlimit(getattr(resource, f"RLIMIT_{what}"), (most, most))
     limits = LLParserLimits(verbose_errors=False)
     for line in sys.stdin:
         kind, text = json.loads(line)
         grammar = ""
-        signal.alarm(_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             if kind == "json":
                 grammar = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": r" |\n[ \t]{0,20}"})
@@ -93,7 +94,7 @@ def main() -> None:
             error = LLMatcher.validate_grammar(grammar, limits=limits)
         except (ValueError, RecursionError) as refusal:
             error = str(refusal)
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps([grammar, error.removeprefix("ERROR: ")]), flush=True)
 
 
