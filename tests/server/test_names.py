@@ -29,6 +29,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "logit_bias": BASE | {"logit_bias": {"70": 100.0}},
     "allowed_token_ids": BASE | {"allowed_token_ids": [71, 72]},
     "bad_words": BASE | {"bad_words": "*"},
+    "structured_outputs": BASE | {"structured_outputs": {"regex": "[ab]{3}"}},
     "logprobs": BASE | {"logprobs": 2},
     "prompt_logprobs": BASE | {"prompt_logprobs": 2},
     "seed": RANDOM | {"seed": 5},
