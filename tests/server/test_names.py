@@ -30,6 +30,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "allowed_token_ids": BASE | {"allowed_token_ids": [71, 72]},
     "structured_outputs": BASE | {"structured_outputs": {"regex": "[qz]{4,9}"}},
     "bad_words": BASE | {"bad_words": "*"},
+    "structured_outputs": BASE | {"structured_outputs": {"regex": "[ab]{3}"}},
     "logprobs": BASE | {"logprobs": 2},
     "prompt_logprobs": BASE | {"prompt_logprobs": 2},
     "seed": RANDOM | {"seed": 5},

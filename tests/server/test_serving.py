@@ -153,6 +153,10 @@ BAD = {
         {"sampling": {"guided_decoding_guide_type": "xml"}},
         "guided_decoding_guide_type='xml': Input should be '', 'none', 'json', 'json_schema', 'regex' or 'ebnf_gramma",
     ),
+    "no grammar": (
+        {"sampling": {"structured_outputs": {"rgx": "a"}}},
+        "structured_outputs.rgx='a': unknown field of StructuredOutputs; did you mean 'regex'?",
+    ),
     "no guide": (
         {"sampling": {"guided_decoding_guide_type": "regex"}},
         "guided_decoding_guide='': guided_decoding_guide_type='regex' needs one",
