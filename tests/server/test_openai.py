@@ -475,6 +475,7 @@ def test_overload(client: Client, api: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_client_that_goes_away_cancels(client: Client, front: OpenAIServer, *, stream: bool) -> None:
+    client.settle()  # so that nothing from before is counted
     aborted = client.metric("requests_ended_total", reason="abort") or 0
     body = {
         "model": MODEL_NAME,
@@ -487,11 +488,11 @@ def test_client_that_goes_away_cancels(client: Client, front: OpenAIServer, *, s
     connection.request("POST", "/v1/completions", json.dumps(body), JSON)
     if stream:
         assert connection.getresponse().readline().startswith(b"data: ")
-    eventually(lambda: client.metric("requests_waiting"))
+    eventually(lambda: client.metric("requests_running"))
     connection.close()
     for gauge in ("kv_blocks_used", "requests_running", "requests_waiting"):
         client.await_metric(gauge, 0)
-    assert client.metric("requests_ended_total", reason="abort") >= aborted + 32
+    eventually(lambda: (client.metric("requests_ended_total", reason="abort") or 0) > aborted)
 
 
 def test_serve(tiny_llama_dir: Path, tmp_path: Path) -> None:
