@@ -42,5 +42,5 @@ KERNELS := hatch_build.py $(wildcard kernels/paged_kernels/cpu/*.cpp kernels/pag
 
 $(STAMP): pyproject.toml constraints/cpu.txt $(KERNELS) | $(BIN)/python
 	@echo "installing into $(VENV)"
-	@$(PIP) install $(PIP_FLAGS) -c constraints/cpu.txt -e '.[server,otel,demo,guided,bench,dev]'
+	@$(PIP) install $(PIP_FLAGS) -c constraints/cpu.txt -e '.[server,openai,otel,demo,guided,bench,dev]'
 	@touch $@

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 from paged_backend.engine_messages import Abort, Collect, Families, Loaded, Packer, Submit, portable
 from paged_backend.errors import EngineDead, PagedBackendError
 from paged_backend.outputs import failed
+from paged_backend.request import SamplingParams
+from paged_backend.structured_outputs import StructuredOutputs
 
 if TYPE_CHECKING:
     from paged_backend.config import EngineConfig
@@ -37,7 +39,10 @@ times, and Python's 5 ms add up where hundreds arrive while the engine is busy; 
 
 
 class Worker:
-    """An engine on the main thread; a thread that takes in what the owner sends, and one that sends outputs."""
+    """An engine on the main thread; a thread that takes in what the owner sends, and one that sends outputs.
+
+    One more takes in the requests with grammars, since a bad one can take seconds to compile.
+    """
 
     def __init__(self, owner: Connection) -> None:
         self._owner = owner
@@ -45,7 +50,10 @@ class Worker:
         self._submitted: list[Request] = []
         self._aborted: list[str] = []
         self._closing = False
-        self._state = threading.Condition()  # guards these three
+        self._compiling: set[str] = set()
+        """Ids of the requests in `_guided`."""
+        self._guided: queue.SimpleQueue[Submit | Abort] = queue.SimpleQueue()
+        self._state = threading.Condition()  # guards these four
         self._outbox: queue.SimpleQueue[
             list[RequestOutput] | Families | Loaded | logging.LogRecord | Exception | None
         ] = queue.SimpleQueue()
@@ -54,6 +62,7 @@ class Worker:
         """Make the engine, say whether that went well, and step it until the owner closes its end."""
         reader = threading.Thread(target=self._read, name="paged-reader", daemon=True)
         reader.start()  # at once: the owner may go away while the model is being loaded
+        threading.Thread(target=self._compile, name="paged-compiler", daemon=True).start()
         writer = threading.Thread(target=self._write, name="paged-writer", daemon=True)
         writer.start()
         self._log()
@@ -124,14 +133,33 @@ class Worker:
 
     def _obey(self, command: Submit | Abort | Collect) -> None:
         match command:
+            case Submit(params=SamplingParams(structured_outputs=StructuredOutputs())):
+                with self._state:
+                    self._compiling.add(command.request_id)
+                self._guided.put(command)
             case Submit():
                 self._accept(command)
             case Abort(request_ids):
                 with self._state:
-                    self._aborted += request_ids
+                    later = [request_id for request_id in request_ids if request_id in self._compiling]
+                    self._aborted += set(request_ids).difference(later)
                     self._state.notify()
+                if later:
+                    self._guided.put(Abort(later))
             case Collect():
                 self._collect()
+
+    def _compile(self) -> None:
+        while True:
+            match self._guided.get():
+                case Submit() as command:
+                    self._accept(command)
+                    with self._state:
+                        self._compiling.discard(command.request_id)
+                case Abort(request_ids):
+                    with self._state:
+                        self._aborted += request_ids
+                        self._state.notify()
 
     def _accept(self, command: Submit) -> None:
         try:

@@ -61,4 +61,5 @@ class CheckedModel(BaseModel):
                 close = difflib.get_close_matches(field, known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
                 allowed = f"unknown field of {type(self).__name__}; {hint}"
-            raise InvalidArgument(field, first["input"], allowed) from None
+            value = None if first["type"] == "missing" else first["input"]  # which is what it is missing from
+            raise InvalidArgument(field, value, allowed) from None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from paged_backend import Engine, EngineConfig, InvalidArgument, RequestOutput, SamplingParams
+from paged_backend.engine_messages import Abort, Submit
+from paged_backend.engine_worker import Worker
 from paged_backend.plugins import hookimpl
 from paged_backend.structured_outputs import Kind
 from tests.text import schemas
@@ -240,6 +244,38 @@ def test_a_backend_that_fails_hurts_its_request_alone(make: MakeEngine) -> None:
 def test_backends_by_name(make: MakeEngine) -> None:
     with pytest.raises(InvalidArgument, match="grammar_backend='outlines': no plugin provides it; built in are llguid"):
         make(grammar_backend="outlines")
+
+
+def test_a_process_takes_in_others_while_it_compiles(make: MakeEngine) -> None:
+    compiling, go_on = threading.Event(), threading.Event()
+
+    class Slow(VowelBackend):
+        def compile(self, kind: Kind, text: str) -> Vowels:
+            compiling.set()
+            assert go_on.wait(60)
+            return super().compile(kind, text)
+
+        @staticmethod
+        @hookimpl
+        def paged_grammar_backend(name: str) -> type[Slow]:
+            return Slow
+
+    theirs, ours = multiprocessing.Pipe()
+    worker = Worker(theirs)
+    worker._engine = make((Slow,))
+    threading.Thread(target=worker._compile, daemon=True).start()
+    worker._obey(Submit("slow", "a", guided(grammar="never"), None))
+    assert compiling.wait(60)
+    worker._obey(Submit("quick", "a", None, None))
+    worker._obey(Abort(["slow", "quick"]))
+    assert [request.request_id for request in worker._submitted] == ["quick"]
+    assert worker._aborted == ["quick"]  # the other one is not there yet
+    go_on.set()
+    with worker._state:
+        assert worker._state.wait_for(lambda: len(worker._aborted) == 2, timeout=60)
+    assert [request.request_id for request in worker._submitted] == ["quick", "slow"]
+    ours.close()
+    theirs.close()
 
 
 def whole(engine: Engine, texts: list[str], params: list[SamplingParams]) -> list[RequestOutput]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
+import os
+import socket
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -23,7 +26,9 @@ class MetricsMirror:
 
     Triton has no way to set a histogram: it is brought up to date by observations that have the same effect. Those with
     an observation for every token would take too many, and become the counters `_bucket`, `_sum` and `_count` instead.
-    Everything happens on one thread: two threads updating one Triton metric crash the whole server.
+    Everything happens on one thread of one process: two updating one Triton metric, or removing it from under the
+    other, crash the whole server. So a model that is loaded again over itself shows its metrics once the one before has
+    ended.
     """
 
     def __init__(self, collect: Callable[[], Iterable[Metric]], labels: dict[str, str]) -> None:
@@ -34,6 +39,7 @@ class MetricsMirror:
         """Values of counters and gauges, as Triton has them."""
         self._distributions: dict[tuple[str, ...], tuple[Sequence[float], float]] = {}
         """Counts by bucket and sums of histograms, as Triton has them."""
+        self._turn = Turn(f"{os.getppid()}/{'/'.join(labels.values())}")
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="paged-metrics", daemon=True)
         self._thread.start()
@@ -44,12 +50,13 @@ class MetricsMirror:
         self._thread.join()
         self._metrics.clear()  # before their families, or they stay on the port
         self._families.clear()
+        self._turn.end()
 
     def _run(self) -> None:
         failed = False
         while not self._closed.is_set():
             try:
-                for family in with_known_names(self._collect()):
+                for family in with_known_names(self._collect()) if self._turn.begin() else ():
                     if family.type == "histogram" and family.name not in PER_TOKEN:
                         self._observe(family)
                     else:
@@ -95,3 +102,28 @@ class MetricsMirror:
                 name=name, description=family.documentation, kind=getattr(pb_utils.MetricFamily, kind)
             )
         return self._families[name].Metric(labels=self._labels | labels, **arguments)
+
+
+class Turn:
+    """What one process of this machine has at a time; the kernel ends it with the process."""
+
+    def __init__(self, name: str) -> None:
+        # An abstract address: no file is left behind. Containers may share a network, but not process ids too.
+        unique = hashlib.sha256(f"{os.readlink('/proc/self/ns/pid')}/{name}".encode()).hexdigest()
+        self._address = f"\0paged-backend-{unique}"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._bound = False
+
+    def begin(self) -> bool:
+        """Whether it is this process's turn."""
+        if not self._bound:
+            try:
+                self._socket.bind(self._address)
+            except OSError:
+                return False
+            self._bound = True
+        return True
+
+    def end(self) -> None:
+        """Let another have it."""
+        self._socket.close()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from triton_server_model.launcher import TritonServer
+    from triton_server_model.openai.server import OpenAIServer
 
 
 @hookimpl
@@ -50,6 +51,11 @@ def serve(
     http_port: Annotated[int, Port] = 8000,
     grpc_port: Annotated[int, Port] = 8001,
     metrics_port: Annotated[int, Port] = 8002,
+    openai: Annotated[int | None, typer.Option(min=1, max=65535, help="Port for OpenAI's API. Default: none.")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="What clients of --openai have to send as API key.", envvar="PAGED_BACKEND_API_KEY"),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="torch device, such as cpu or cuda:1.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and output together.")] = None,
@@ -61,6 +67,7 @@ def serve(
 
     from paged_backend.config import EngineConfig
     from triton_server_model.launcher import TritonServer
+    from triton_server_model.openai.server import OpenAIServer
 
     given = {
         "model": model,
@@ -82,6 +89,7 @@ def serve(
         metrics_port=metrics_port,
         verbose=verbose,
     )
+    front = None if openai is None else OpenAIServer(host, openai, server.address("grpc"), api_key)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for ending in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal too must not leave the server behind
         signal.signal(ending, signal.default_int_handler)
@@ -89,7 +97,9 @@ def serve(
         with ExitStack() as stack:
             with console.status("starting tritonserver"):
                 stack.enter_context(server)
-            _show_ready(console, server, example=repository is None)
+                if front is not None:
+                    stack.enter_context(front)
+            _show_ready(console, server, front, example=repository is None)
             while True:
                 server.check()
                 time.sleep(0.5)
@@ -140,13 +150,21 @@ def top(
             live.update(watch.table(), refresh=True)
 
 
-def _show_ready(console: Console, server: TritonServer, *, example: bool) -> None:
+def _show_ready(console: Console, server: TritonServer, front: OpenAIServer | None, *, example: bool) -> None:
     from triton_server_model.launcher import MODEL_NAME
 
     http = f"http://{server.address('http')}"
     console.print(f"ready, Ctrl-C stops\n  HTTP     {http}\n  gRPC     {server.address('grpc')}")
     console.print(f"  metrics  http://{server.address('metrics')}/metrics")
+    if front is not None:
+        console.print(f"  OpenAI   http://{front.address}/v1")
     if not example:
         return
     body = '{"text_input": "The capital of France is", "parameters": {"max_tokens": 16, "temperature": 0}}'
     console.print(f"try\n  curl -s {http}/v2/models/{MODEL_NAME}/generate -d '{body}'")
+    if front is not None:
+        key = "-H 'Authorization: Bearer '$PAGED_BACKEND_API_KEY " if front.has_key else ""
+        messages = '[{"role": "user", "content": "What is the capital of France?"}]'
+        body = f'{{"model": "{MODEL_NAME}", "messages": {messages}}}'
+        address = f"http://{front.address}/v1/chat/completions"
+        console.print(f"  curl -s {address} {key}-H 'Content-Type: application/json' -d '{body}'")

@@ -113,9 +113,8 @@ def _type(schema: dict[str, Any]) -> str:
         if key in schema:
             values = schema[key] if key == "enum" else [schema[key]]
             return ", ".join(f'"{value}"' for value in values)
-    kind = {"integer": "int", "number": "float", "boolean": "bool"}.get(
-        schema.get("type", "object"), schema.get("type")
-    )
+    kind = schema.get("type", "object")
+    kind = {"integer": "int", "number": "float", "boolean": "bool"}.get(kind, kind)
     if kind == "array":
         return f"list of {_type(schema['items'])}"
     low = schema.get("minimum", schema.get("exclusiveMinimum"))

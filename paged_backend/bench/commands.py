@@ -278,6 +278,45 @@ def planning(
 
 
 @app.command()
+def guided(
+    model: Annotated[str, typer.Option(help="Local directory, hub id or known name.")] = "smollm2-135m-instruct",
+    rows: Annotated[
+        list[int] | None, typer.Option(min=1, help="Requests at once; may be given again. Default: 1, 16.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens of each.")] = 64,
+    repeat: Annotated[int, typer.Option(min=1, help="Times to measure each.")] = 5,
+    setting: Setting = None,
+    output: Output = None,
+) -> None:
+    """Measure what structured outputs cost: compiling schemas, masks, and steps with and without them."""
+    check_writable("output", output)
+    fields = settings_fields(setting or [], ("model",))
+    from paged_backend import models
+    from paged_backend.bench import machine
+    from paged_backend.bench.guided import measure_schemas, measure_steps
+    from paged_backend.config import EngineConfig
+    from paged_backend.engine import Engine
+
+    engine = Engine(EngineConfig(**{"model": str(models.resolve(model))} | fields))
+    assert engine.tokenizer is not None
+    schemas = Table("schema", "size", "compile ms", "again ms", "mask median us", "mean us", "p99 us", "accept us")
+    costs = measure_schemas(engine.tokenizer, engine.vocab_size, repeat)
+    for cost in costs:
+        name, characters, *figures = dataclasses.astuple(cost)
+        schemas.add_row(name, str(characters), *(f"{value:.2f}" for value in figures))
+    steps = {count: measure_steps(engine, count, tokens, repeat) for count in rows or (1, 16)}
+    table = Table("requests", "free ms a step", "guided ms a step", "ratio")
+    for count, (free, held) in steps.items():
+        table.add_row(str(count), f"{free:.2f}", f"{held:.2f}", f"{held / free:.2f}x")
+    if output is not None:
+        machine_now = dataclasses.asdict(machine.describe())
+        document = {"machine": machine_now, "model": model, "schemas": [dataclasses.asdict(cost) for cost in costs]}
+        write_json(output, document | {"steps": [{"rows": count, "ms": ms} for count, ms in steps.items()]})
+    for shown in (schemas, table):
+        Console().print(shown)
+
+
+@app.command()
 def neighbour(
     model: Annotated[str, typer.Option(help="Local directory, hub id or known name.")] = "smollm2-135m-instruct",
     policy: Annotated[str, typer.Option(help="Scheduling policy beside the noisy tenant.")] = "fair-share",

@@ -102,7 +102,7 @@ class PagedModel:
         """Float32 logits `[len(flat.logits_at), vocab]` of one step. There must be a cache (`allocate`)."""
         assert self.storage is not None
         num_single = next((row for row, count in enumerate(counts) if count > 1), len(counts))
-        if self.fused is not None and self.device.type != "cpu":
+        if self.fused is not None and getattr(self.backend, "has_device_steps", False):
             with torch.inference_mode():
                 return self.compute(self._inputs(flat, starts, counts, num_single)).float()
         batches = [

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from paged_backend.structured_outputs import Kind
 
-_SECONDS = 5
+_SECONDS = 2
 _MEMORY = 2**30
 _STACK = 2**20
 """Bytes; half of what the smallest of the threads that compile again in earnest may have."""

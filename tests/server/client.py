@@ -137,7 +137,7 @@ class Client:
         """Wait until the metrics port shows all that happened before."""
         labels = {"name": "test_settle"}
         count = self.metric("unknown_parameters_total", **labels) or 0
-        self.ask("x", parameters={"test_settle": 1, "max_tokens": 1})
+        self.refusal("x", parameters={"test_settle": 1, "n": 128})  # counted, but no token is made for it
         self.await_metric("unknown_parameters_total", count + 1, **labels)
 
     def await_metric(self, name: str, value: float | None, /, **labels: str) -> None:

@@ -171,7 +171,10 @@ def _(client: Client, engine: Engine) -> None:
 @effect("guided_decoding_guide_type", "guided_decoding_guide")
 def _(client: Client, engine: Engine) -> None:
     asked = {"guided_decoding_guide_type": "regex", "guided_decoding_guide": "a+b"}
-    assert "structured_outputs={'regex': 'a+b'}" in client.refusal(PROMPT, parameters=asked)
+    answer = expected(engine, BASE | {"structured_outputs": {"regex": "a+b"}})
+    assert re.match("a+", answer["text_output"][0])
+    for ask in (as_json, as_strings, over_http):
+        assert ask(client, BASE | asked) == answer
 
 
 def test_beams_are_one_response(client: Client, engine: Engine) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.server.client import Client, eventually
@@ -30,6 +31,17 @@ def test_unload_and_reload(client: Client) -> None:
     client.http.post(f"/v2/repository/models/{MODEL_NAME}/load").raise_for_status()
     assert client.stream("the fox", sampling=SHORT).finish()
     client.await_metric("requests_ended_total", 1, reason="length")
+
+
+def test_load_over_itself(client: Client, repository: Path) -> None:
+    """Two instances with the same metrics live at once: the server survives, and shows those of the second."""
+    server = psutil.Process(client.server.process.pid)
+    for _ in range(2):
+        os.utime(repository / MODEL_NAME / "1" / "engine.json")  # what has not changed is not loaded again
+        client.http.post(f"/v2/repository/models/{MODEL_NAME}/load").raise_for_status()
+        eventually(lambda: len(server.children()) == 1, lambda: str(server.children()))
+        assert client.stream("the fox", sampling=SHORT).finish()
+        client.await_metric("requests_ended_total", 1, reason="length")
 
 
 def test_wrong_engine_json_is_refused(client: Client) -> None:
