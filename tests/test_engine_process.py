@@ -121,7 +121,7 @@ def test_outputs_are_those_of_an_engine_in_this_process(engine: EngineProcess, t
         assert listener.last(name).end_time is not None
         untimed = [
             [
-                dataclasses.replace(output, arrival_time=0, first_token_time=None, end_time=None)
+                dataclasses.replace(output, arrival_time=0, scheduled_time=None, first_token_time=None, end_time=None)
                 for output in sorted(outputs, key=lambda output: output.index)
             ]
             for outputs in (listener.outputs[name], expected[name])

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Metric
 from paged_backend.config import EngineConfig
 from paged_backend.engine_process import EngineProcess
 from paged_backend.errors import InvalidArgument, PagedBackendError
+from triton_server_model.door import Door
 from triton_server_model.logs import TritonLog
 from triton_server_model.metric_families import is_wanted
 from triton_server_model.metrics import MetricsMirror
@@ -68,6 +69,7 @@ class TritonPythonModel:
             yield from own.collect()
 
         self._metrics = MetricsMirror(collect, labels) if shows_metrics else None
+        self._door = Door(self._name, self.execute)
 
     def execute(self, requests: list[Any]) -> None:
         """Hand each request to the engine, or answer it at once with what is wrong with it."""
@@ -90,6 +92,7 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """End all threads and the engine's process. Triton calls this after every request's final response."""
         self._finalizing = True
+        self._door.close()
         self._engine.close()
         self._sender.join()
         if self._metrics is not None:

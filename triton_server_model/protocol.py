@@ -105,11 +105,12 @@ def error_code(error: Exception) -> str:
 
 def _value(name: Name, elements: Sequence[Any]) -> Any:
     """Of one tensor: a list, without empty strings, if it may have any number of elements."""
-    values = [_decode(name.name, one) if isinstance(one, bytes) else one for one in elements]
+    values = [decoded(name.name, one) if isinstance(one, bytes) else one for one in elements]
     return [value for value in values if value != ""] if name.tensor.endswith("[-1]") else values[0]
 
 
-def _decode(field: str, value: bytes) -> str:
+def decoded(field: str, value: bytes) -> str:
+    """The text that `value` of an input is. Raises `InvalidArgument`."""
     try:
         return value.decode()
     except UnicodeDecodeError as error:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from paged_backend.errors import CheckedModel
 from paged_backend.request import RequestOptions, SamplingParams
 
-Dialect = Literal["vLLM", "TensorRT-LLM", "Triton", "own"]
+Dialect = Literal["vLLM", "TensorRT-LLM", "TGI", "Triton", "own"]
 """Whose name it was first."""
 _NOTHING = frozenset({"", "0", "0.0", "false", "none", "null", "[]", "{}"})
 
@@ -165,7 +165,7 @@ NAMES = (
     _alias("min_length", "min_tokens"),
     _alias("random_seed", "seed"),
     _alias("num_return_sequences", "n"),
-    _alias("max_new_tokens", "max_tokens", "own"),
+    _alias("max_new_tokens", "max_tokens", "TGI"),
     Name("image", "", status="refused", tensor="STRING [-1]", parameter=False),
     Name("embedding_request", "", status="refused", tensor="STRING [1]", parameter=False),
     _refused("best_of", "vLLM", "send n", _NOTHING | {"1"}),

@@ -170,9 +170,16 @@ def _(client: Client, engine: Engine) -> None:
 
 @effect("guided_decoding_guide_type", "guided_decoding_guide")
 def _(client: Client, engine: Engine) -> None:
-    answer = expected(engine, BASE | {"structured_outputs": {"regex": "a+b"}})
-    asked = BASE | {"guided_decoding_guide_type": "regex", "guided_decoding_guide": "a+b"}
-    assert as_json(client, asked) == as_strings(client, asked) == over_http(client, asked) == answer
+    schema = json.dumps({"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]})
+    for kind, guide, same in (
+        ("json", "", {"json_object": True}),
+        ("json_schema", schema, {"json": schema}),
+        ("regex", "[ab]{3}", {"regex": "[ab]{3}"}),
+        ("ebnf_grammar", 'root ::= "a" | "b"', {"grammar": 'root ::= "a" | "b"'}),
+    ):
+        asked = BASE | {"guided_decoding_guide_type": kind, "guided_decoding_guide": guide}
+        answer = expected(engine, BASE | {"structured_outputs": same})
+        assert as_json(client, asked) == as_strings(client, asked) == over_http(client, asked) == answer
 
 
 def test_beams_are_one_response(client: Client, engine: Engine) -> None:

@@ -119,10 +119,10 @@ def test_metrics_are_what_clients_count(client: Client, byte_tokenizer: PreTrain
         expected |= {f"{name}_count": count, f'{name}_bucket{{le="+Inf"}}': count}
     await_samples(client, expected)
 
-    cancelled = client.stream("the fox", sampling={"max_tokens": 400, "ignore_eos": True})
+    cancelled = client.stream("the fox", sampling={"max_tokens": 500, "ignore_eos": True, "n": 16})
     cancelled.wait_for(lambda: cancelled.chunks)
     cancelled.cancel()
-    await_samples(client, {'paged_backend_requests_ended_total{reason="abort"}': 1, "vllm:num_requests_running": 0})
+    await_samples(client, {'paged_backend_requests_ended_total{reason="abort"}': 16, "vllm:num_requests_running": 0})
     shown = samples(client)
     for theirs, ours in (
         ("time_to_first_token_seconds", "time_to_first_token_seconds"),

@@ -79,6 +79,8 @@ def test_tensors_go_before_json_and_json_before_parameters() -> None:
         ({"allowed_token_ids": "[5]"}, "allowed_token_ids", (5,)),
         ({"logit_bias": '{"5": "-1.5"}'}, "logit_bias", {5: -1.5}),
         ({"logit_bias": ""}, "logit_bias", {}),
+        ({"structured_outputs": '{"regex": "a+"}'}, "structured_outputs", StructuredOutputs(regex="a+")),
+        ({"structured_outputs": ""}, "structured_outputs", None),
         ({"min_length": "3"}, "min_tokens", 3),
         ({"random_seed": "3"}, "seed", 3),
         ({"num_return_sequences": 3}, "n", 3),
@@ -159,6 +161,8 @@ def test_refused_names(name: Any) -> None:
 def test_guides_become_structured_outputs(sent: dict[str, str], guide: dict[str, Any]) -> None:
     for ask in (params, as_json):
         assert ask(**sent).structured_outputs == StructuredOutputs(**guide)
+    with pytest.raises(InvalidArgument, match=r"guided_decoding_guide_type='.*': not together with structured_outputs"):
+        params(structured_outputs='{"regex": "a"}', **sent)
 
 
 def test_unknown_parameters_are_told_apart() -> None:

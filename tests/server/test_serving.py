@@ -153,6 +153,10 @@ BAD = {
         {"sampling": {"guided_decoding_guide_type": "xml"}},
         "guided_decoding_guide_type='xml': Input should be '', 'none', 'json', 'json_schema', 'regex' or 'ebnf_gramma",
     ),
+    "no grammar": (
+        {"sampling": {"structured_outputs": {"rgx": "a"}}},
+        "structured_outputs.rgx='a': unknown field of StructuredOutputs; did you mean 'regex'?",
+    ),
     "no guide": (
         {"sampling": {"guided_decoding_guide_type": "regex"}},
         "guided_decoding_guide='': guided_decoding_guide_type='regex' needs one",
@@ -169,7 +173,7 @@ def test_bad_input_fails_alone(client: Client, request_: dict, message: str) -> 
 def test_overload_and_cancellation(client: Client) -> None:
     """Running, queued and unstreamed requests all end when their client cancels, and give their blocks back."""
     aborted = client.metric("requests_ended_total", reason="abort") or 0
-    long = {"max_tokens": CONTEXT, "ignore_eos": True}
+    long = {"max_tokens": CONTEXT, "ignore_eos": True, "n": 8}
     streams: list[Stream] = []
     while sum(stream.error is not None for stream in streams) < 8:
         assert len(streams) < 500

@@ -1,0 +1,3 @@
+from triton_server_model.tensorrt_llm import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]

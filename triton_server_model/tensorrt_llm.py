@@ -1,0 +1,206 @@
+"""A second model, for clients of TensorRT-LLM's Triton models: it passes their requests on to `paged_llm`."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from paged_backend.errors import EngineDead
+from triton_server_model.door import address
+from triton_server_model.logs import TritonLog
+from triton_server_model.protocol import error_code
+from triton_server_model.server_process import end_with_server
+from triton_server_model.tensorrt_llm_protocol import INPUTS, OUTPUTS, Answer, Question, translate
+
+logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.1
+"""Between looks for cancelled requests; TensorRT-LLM's backend takes as long."""
+_MESSAGES = 256
+"""Taken at once at most; what they have for one request leaves as one response."""
+
+
+class TritonPythonModel:
+    """Translates requests and responses; the model behind the door does the work."""
+
+    @staticmethod
+    def auto_complete_config(config: Any) -> Any:
+        """Declare the tensors of `tensorrt_llm_protocol`, so that config.pbtxt need not."""
+        for tensor in INPUTS:
+            config.add_input(tensor)
+        for tensor in OUTPUTS:
+            config.add_output(tensor)
+        config.set_model_transaction_policy({"decoupled": True})
+        return config
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Learn which model does the work; it need not be loaded yet."""
+        end_with_server()
+        self._log = TritonLog(args["model_name"])
+        parameters = json.loads(args["model_config"])["parameters"]
+        self._model = parameters["tensorrt_llm_model_name"]["string_value"]
+        self._line: _Line | None = None
+
+    def execute(self, requests: list[Any]) -> None:
+        """Pass each request on, or answer it at once with what is wrong with it."""
+        for request in requests:
+            responses = request.get_response_sender()
+            try:
+                question = translate({tensor.name(): tensor.as_numpy() for tensor in request.inputs()})
+                if self._line is None or self._line.broken:
+                    self._line = _Line(self._model)
+                self._line.pass_on(_Call(Answer(question), responses), question, request)
+            except Exception as error:
+                if error_code(error) == "INTERNAL":
+                    logger.exception("the request failed", extra={"request_id": request.request_id()})
+                _fail(responses, f"Error generating stream: {error}", error_code(error))
+
+    def finalize(self) -> None:
+        """End all threads. Triton calls this after every request's final response."""
+        if self._line is not None:
+            self._line.close()
+        self._log.close()
+
+
+class _Line:
+    """A connection to a model's door, and the requests that went through it; a thread answers them."""
+
+    def __init__(self, model: str) -> None:
+        """Raises `EngineDead` if the model is not loaded."""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.connect(address(model))
+        except OSError:
+            self._socket.close()
+            raise EngineDead(f"model {model!r}, which does the work, is not loaded") from None
+        self._connection = Connection(os.dup(self._socket.fileno()))
+        self._calls: dict[int, _Call] = {}
+        self._names = itertools.count()
+        self._next_look = 0.0
+        self.broken = False
+        """Whether the model has gone."""
+        self._sending = threading.Lock()  # guards `broken`, too
+        self._thread = threading.Thread(target=self._run, name="paged-line", daemon=True)
+        self._thread.start()
+
+    def pass_on(self, call: _Call, question: Question, request: Any) -> None:
+        """Ask `question` for Triton's `request`. Raises `EngineDead` if the model has gone."""
+        message = {
+            "id": next(self._names),
+            "inputs": {"text_input": question.prompt, "sampling_parameters": json.dumps(question.fields)},
+            "parameters": json.loads(request.parameters() or "{}"),
+            "timeout": request.timeout(),
+            "request_id": request.request_id(),
+        }
+        self._send(message, call)
+
+    def close(self) -> None:
+        """End the thread."""
+        with contextlib.suppress(OSError):  # the model has gone
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+
+    def _send(self, message: Mapping[str, Any], call: _Call) -> None:
+        with self._sending:
+            if self.broken:
+                raise EngineDead("the model that does the work has gone")
+            self._calls[message["id"]] = call
+            with contextlib.suppress(OSError):  # the model has gone: the thread finds that out, and fails all calls
+                self._connection.send_bytes(json.dumps(message).encode())
+
+    def _run(self) -> None:
+        with contextlib.suppress(EOFError, OSError):  # the model has gone
+            while True:
+                if self._connection.poll(_LOOK_SECONDS):
+                    self._take()
+                if time.monotonic() >= self._next_look:
+                    self._look()
+                    self._next_look = time.monotonic() + _LOOK_SECONDS
+        with self._sending:
+            self.broken = True
+        for call in self._calls.values():
+            _fail(call.responses, "the model that does the work has gone", "UNAVAILABLE")
+        self._connection.close()
+        self._socket.close()
+
+    def _take(self) -> None:
+        """Answer with what has come."""
+        heard: dict[int, _Call] = {}
+        for _ in range(_MESSAGES):
+            message = json.loads(self._connection.recv_bytes())
+            if (call := self._calls.get(message["id"])) is not None:
+                call.add(message)
+                heard[message["id"]] = call
+            if not self._connection.poll():
+                break
+        for name, call in heard.items():
+            try:
+                call.send()
+            except Exception:  # ends this request alone
+                logger.exception("a request cannot be answered; it is cancelled")
+                self._send({"id": name, "cancel": True}, call)
+                call.ended = True
+            if call.ended:
+                del self._calls[name]
+
+    def _look(self) -> None:
+        """Pass cancellation on."""
+        for name, call in tuple(self._calls.items()):
+            if call.is_cancelled():
+                self._send({"id": name, "cancel": True}, call)
+
+
+class _Call:
+    """One request that was passed on."""
+
+    def __init__(self, answer: Answer, responses: Any) -> None:
+        """`responses` is Triton's response sender."""
+        self.responses, self.ended = responses, False
+        self._answer, self._cancelled = answer, False
+        self._message: Mapping[str, Any] = {}
+
+    def add(self, message: Mapping[str, Any]) -> None:
+        """What has come for it."""
+        self._message = message
+        if "outputs" in message:
+            self._answer.add(message["outputs"])
+
+    def send(self) -> None:
+        """Send all that has come."""
+        self.ended = self._message["final"]
+        if "error" in self._message:
+            _fail(self.responses, self._message["error"], self._message["code"])
+            return
+        responses = self._answer.take(ended=self.ended)
+        for number, tensors in enumerate(responses, start=1):
+            response = pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in tensors.items()])
+            last = self.ended and number == len(responses)
+            self.responses.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
+
+    def is_cancelled(self) -> bool:
+        """Whether the client has cancelled it or gone; told once only."""
+        if self._cancelled:
+            return False
+        try:
+            self._cancelled = self.responses.is_cancelled()
+        except Exception:
+            logger.exception("a request cannot be asked about; it is cancelled")
+            self._cancelled = True
+        return self._cancelled
+
+
+def _fail(responses: Any, message: str, code: str) -> None:
+    """End a request with an error; `code` is the name of one of Triton's."""
+    error = pb_utils.TritonError(message, getattr(pb_utils.TritonError, code))
+    responses.send(pb_utils.InferenceResponse([], error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
