@@ -28,7 +28,6 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "repetition_penalty": BASE | {"repetition_penalty": 3},
     "logit_bias": BASE | {"logit_bias": {"70": 100.0}},
     "allowed_token_ids": BASE | {"allowed_token_ids": [71, 72]},
-    "structured_outputs": BASE | {"structured_outputs": {"regex": "[qz]{4,9}"}},
     "bad_words": BASE | {"bad_words": "*"},
     "structured_outputs": BASE | {"structured_outputs": {"regex": "[ab]{3}"}},
     "logprobs": BASE | {"logprobs": 2},
