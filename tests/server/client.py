@@ -22,14 +22,14 @@ CONTEXT = 512
 class Stream:
     """One request on a gRPC stream of its own."""
 
-    def __init__(self, address: str, inputs: list[Any], parameters: dict[str, Any] | None) -> None:
+    def __init__(self, address: str, model: str, inputs: list[Any], parameters: dict[str, Any] | None) -> None:
         self.chunks: list[str] = []
         self.error: str | None = None
         self.finals = 0
         self._heard = threading.Condition()
         self._client = triton.InferenceServerClient(address, channel_args=[("grpc.enable_http_proxy", 0)])
         self._client.start_stream(self._receive)
-        self._client.async_stream_infer(MODEL_NAME, inputs, parameters=parameters)
+        self._client.async_stream_infer(model, inputs, parameters=parameters)
 
     def _receive(self, result: Any, error: Any) -> None:
         with self._heard:
@@ -73,6 +73,7 @@ class Client:
         stream: bool | None = True,
         exclude: bool | None = None,
         parameters: dict[str, Any] | None = None,
+        model: str = MODEL_NAME,
     ) -> Stream:
         """Start a gRPC request. `sampling` that is no dict is sent as it is."""
         sampling = json.dumps(sampling) if isinstance(sampling, dict) else sampling
@@ -89,7 +90,7 @@ class Client:
                 data = value.encode() if isinstance(value, str) else value
                 inputs.append(triton.InferInput(name, [1], "BOOL" if flag else "BYTES"))
                 inputs[-1].set_data_from_numpy(np.array([data], dtype=bool if flag else np.object_))
-        return Stream(self.server.address("grpc"), inputs, parameters)
+        return Stream(self.server.address("grpc"), model, inputs, parameters)
 
     def generate(self, body: dict[str, Any]) -> httpx.Response:
         return self.http.post(f"/v2/models/{MODEL_NAME}/generate", json=body)
