@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -16,7 +15,7 @@ from triton_server_model.metrics import MetricsMirror
 from triton_server_model.protocol import INPUTS, OUTPUT, parse_request
 from triton_server_model.reply import Reply
 from triton_server_model.sender import Sender
-from triton_server_model.server_process import end_with_server, unloads_models
+from triton_server_model.server_process import end_with_server, unloads_models, visible_devices
 
 
 class TritonPythonModel:
@@ -38,10 +37,13 @@ class TritonPythonModel:
         self._name, self._finalizing = args["model_name"], False
         path = pathlib.Path(args["model_repository"], args["model_version"], "engine.json")
         try:
-            self._engine = EngineProcess(_read_config(path), environment=_devices(args))
+            devices = visible_devices(args["model_instance_kind"], args["model_instance_device_id"])
+            self._engine = EngineProcess(_read_config(path), environment=devices)
         except (PagedBackendError, OSError, json.JSONDecodeError) as error:
             raise pb_utils.TritonModelException(f"{path}: {error}") from None  # the message says it all
-        labels = {"model": args["model_name"], "version": args["model_version"]}
+        # Equal labels from two stubs, of two instances or while one replaces another, hang or crash the server (24.10).
+        process = str(self._engine.process.pid)
+        labels = {"model": args["model_name"], "version": args["model_version"], "engine_pid": process}
         self._sender = Sender(self._engine, self._on_end)
         self._metrics = MetricsMirror(self._engine.collect, labels)
 
@@ -72,15 +74,6 @@ class TritonPythonModel:
         """The engine has died: stop being ready, where the server lets a model do so."""
         if not self._finalizing and unloads_models():
             pb_utils.unload_model(self._name)
-
-
-def _devices(args: dict[str, str]) -> dict[str, str]:
-    """Environment of the engine's process: of KIND_GPU, it sees the instance's GPU alone."""
-    if args["model_instance_kind"] != "GPU":
-        return {}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    device = args["model_instance_device_id"]  # counts the ones that the server sees
-    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[int(device)] if visible else device}
 
 
 def _read_config(path: pathlib.Path) -> EngineConfig:

@@ -16,6 +16,7 @@ import pytest
 
 from tests.server.client import Client, eventually
 from triton_server_model.launcher import MODEL_NAME, free_ports
+from triton_server_model.server_process import visible_devices
 
 SHORT = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
 PYTHON = f"python{sys.version_info[0]}.{sys.version_info[1]}"
@@ -57,16 +58,21 @@ def test_wrong_engine_json_is_refused(client: Client) -> None:
     assert client.stream("the fox", sampling=SHORT).finish()
 
 
-def _regions() -> set[Path]:
-    """Shared memory of Triton's Python backends."""
-    return set(Path("/dev/shm").glob("triton_*"))
+def _abandoned_regions() -> set[Path]:
+    """Shared memory of Triton's Python backends that no process uses."""
+    regions = set(Path("/dev/shm").glob("triton_*"))
+    for path in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            used = path.read_text()
+            regions = {region for region in regions if str(region) not in used}
+    return {region for region in regions if region.exists()}  # not one that was just being ended
 
 
 class Cli:
     """`paged-backend serve` in a process of its own, whose temporary files all lie in `tmp`."""
 
     def __init__(self, tmp: Path, *arguments: str, setup: str = "", **environment: str) -> None:
-        self.tmp, self.ports, self.regions = tmp, free_ports(3), _regions()
+        self.tmp, self.ports, self.regions = tmp, free_ports(3), _abandoned_regions()
         names = ("--http-port", "--grpc-port", "--metrics-port")
         ports = [str(part) for pair in zip(names, self.ports, strict=True) for part in pair]
         code = f"{setup}\nfrom paged_backend.cli import main\nmain()"
@@ -83,7 +89,7 @@ class Cli:
         output, _ = self.process.communicate(timeout=60)
         assert not list(self.tmp.iterdir())
         eventually(lambda: not self.children())
-        assert not _regions() - self.regions
+        assert not _abandoned_regions() - self.regions
         return self.process.returncode, output
 
     def ready(self) -> bool:
@@ -188,3 +194,21 @@ def test_serve_without_a_server(tiny_llama_dir: Path, tmp_path: Path) -> None:
 )
 def test_serve_bad_arguments(tmp_path: Path, arguments: list[str], message: str) -> None:
     assert Cli(tmp_path, *arguments).end() == (2, f"error: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "device_id", "visible", "engines"),
+    [
+        ("MODEL", "0", "2,3", None),
+        ("CPU", "0", None, None),
+        ("GPU", "1", None, "1"),
+        ("GPU", "1", "GPU-a,GPU-b", "GPU-b"),
+    ],
+)
+def test_devices_of_an_instance(
+    monkeypatch: pytest.MonkeyPatch, kind: str, device_id: str, visible: str | None, engines: str | None
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_devices(kind, device_id).get("CUDA_VISIBLE_DEVICES") == engines
