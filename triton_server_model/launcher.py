@@ -24,6 +24,7 @@ from typing import Self
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import InvalidArgument, PagedBackendError
+from paged_backend.interrupts import HeldBack
 
 MODEL_NAME = "paged_llm"
 """Name of the packaged model, and its folder in the model repository."""
@@ -112,8 +113,9 @@ class TritonServer:
             folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="paged-backend-")))
             repository = self._served if isinstance(self._served, pathlib.Path) else _repository(self._served, folder)
             stack.callback(self._remove_regions)
-            self._start(installation, repository, folder)
-            stack.callback(self._end)
+            with HeldBack():  # or a Ctrl-C now would leave a server that nobody ends
+                self._start(installation, repository, folder)
+                stack.callback(self._end)
             self._wait_ready()
             self._stop = stack.pop_all().close
         return self
