@@ -39,7 +39,10 @@ _KINDS = (
     ("shared prefix", r"_shared"),
     ("prefill attention", r"_prefill"),
     ("attention", r".*(scaled_dot_product|flash|fmha|sdpa).*"),
-    ("linears", r"_gemv|_few_rows|.*(nvjet|gemm|gemv|cutlass|splitK).*|aten::(mm|addmm|bmm|baddbmm)"),
+    (
+        "linears",
+        r"_gemv|_few_rows|.*(nvjet|gemm|gemv|cutlass|splitK).*|aten::(mm|addmm|bmm|baddbmm)|mkldnn::_linear_pointwise",
+    ),
     ("norms", r"_add_norm"),
     ("rope and cache", r"_rope_and_write"),
     ("activation", r"_gated"),
