@@ -124,7 +124,8 @@ def test_decodes(
     assert linears["calls"] == 2 * 4 + 1
     assert linears["gb_per_second"] == pytest.approx(linears["model_bytes"] / linears["microseconds"] / 1e3)
     assert linears["of_copy"] == pytest.approx(linears["gb_per_second"] / step["copy_gb_per_second"])
-    assert {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]} & {"aten::addmm", "aten::mm", "mkldnn::_linear_pointwise"}
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert names & {"aten::addmm", "aten::mm", "mkldnn::_linear_pointwise"}
     out = capsys.readouterr().out
     assert "3 x 1 tokens" in out
     assert f"{linears['share']:.1%}" in out

@@ -126,7 +126,7 @@ def _(client: Client, engine: Engine) -> None:
     later = client.stream(PROMPT, sampling=BASE | all_slots | {"priority": 5, "max_tokens": 100})
     sooner = client.stream(PROMPT, sampling=BASE | all_slots | {"priority": 4})
     for way in ({"parameters": {"queue_timeout_ms": 1}}, {"sampling": {"queue_timeout_ms": 1}}):
-        assert "queue_timeout=0.001: the request was ended after 0." in client.refusal(PROMPT, **way)
+        assert "queue_timeout=0.001: the request was ended after " in client.refusal(PROMPT, **way)
     http = client.generate({"text_input": PROMPT, "parameters": {"priority": 5000}})  # gRPC clients refuse that name
     assert "priority=5000: Input should be less than or equal to 1000" in http.json()["error"]
     for stream in (later, sooner, *busy):
