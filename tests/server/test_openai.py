@@ -488,7 +488,8 @@ def test_client_that_goes_away_cancels(client: Client, front: OpenAIServer, *, s
     connection.request("POST", "/v1/completions", json.dumps(body), JSON)
     if stream:
         assert connection.getresponse().readline().startswith(b"data: ")
-    eventually(lambda: client.metric("requests_running"))
+    else:
+        eventually(lambda: client.metric("requests_running"))
     connection.close()
     for gauge in ("kv_blocks_used", "requests_running", "requests_waiting"):
         client.await_metric(gauge, 0)
