@@ -22,6 +22,7 @@ from triton_server_model.logs import TritonLog
 from triton_server_model.protocol import error_code
 from triton_server_model.server_process import end_with_server
 from triton_server_model.tensorrt_llm_protocol import INPUTS, OUTPUTS, Answer, Question, translate
+from triton_server_model.tracing import trace_context
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class TritonPythonModel:
         end_with_server()
         self._log = TritonLog(args["model_name"])
         parameters = json.loads(args["model_config"])["parameters"]
-        self._model = parameters["tensorrt_llm_model_name"]["string_value"]
+        self._model = parameters.get("tensorrt_llm_model_name", {"string_value": "paged_llm"})["string_value"]
         self._line: _Line | None = None
 
     def execute(self, requests: list[Any]) -> None:
@@ -58,7 +59,7 @@ class TritonPythonModel:
             responses = request.get_response_sender()
             try:
                 question = translate({tensor.name(): tensor.as_numpy() for tensor in request.inputs()})
-                if self._line is None or self._line.broken:
+                if self._line is None or not self._line.open:
                     self._line = _Line(self._model)
                 self._line.pass_on(_Call(Answer(question), responses), question, request)
             except Exception as error:
@@ -88,9 +89,9 @@ class _Line:
         self._calls: dict[int, _Call] = {}
         self._names = itertools.count()
         self._next_look = 0.0
-        self.broken = False
-        """Whether the model has gone."""
-        self._sending = threading.Lock()  # guards `broken`, too
+        self.open = True
+        """Whether more requests may go through."""
+        self._sending = threading.Lock()  # and of `_calls`
         self._thread = threading.Thread(target=self._run, name="paged-line", daemon=True)
         self._thread.start()
 
@@ -102,22 +103,19 @@ class _Line:
             "parameters": json.loads(request.parameters() or "{}"),
             "timeout": request.timeout(),
             "request_id": request.request_id(),
+            "trace": trace_context(request),
         }
-        self._send(message, call)
+        with self._sending:
+            if not self.open:
+                raise EngineDead("the model that does the work has gone")
+            self._calls[message["id"]] = call
+            self._send(message)
 
     def close(self) -> None:
         """End the thread."""
         with contextlib.suppress(OSError):  # the model has gone
             self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join()
-
-    def _send(self, message: Mapping[str, Any], call: _Call) -> None:
-        with self._sending:
-            if self.broken:
-                raise EngineDead("the model that does the work has gone")
-            self._calls[message["id"]] = call
-            with contextlib.suppress(OSError):  # the model has gone: the thread finds that out, and fails all calls
-                self._connection.send_bytes(json.dumps(message).encode())
 
     def _run(self) -> None:
         with contextlib.suppress(EOFError, OSError):  # the model has gone
@@ -128,37 +126,53 @@ class _Line:
                     self._look()
                     self._next_look = time.monotonic() + _LOOK_SECONDS
         with self._sending:
-            self.broken = True
+            self.open = False
         for call in self._calls.values():
-            _fail(call.responses, "the model that does the work has gone", "UNAVAILABLE")
+            with contextlib.suppress(Exception):  # one that cannot be told does not keep it from others
+                _fail(call.responses, "the model that does the work has gone", "UNAVAILABLE")
         self._connection.close()
         self._socket.close()
 
     def _take(self) -> None:
         """Answer with what has come."""
         heard: dict[int, _Call] = {}
-        for _ in range(_MESSAGES):
-            message = json.loads(self._connection.recv_bytes())
-            if (call := self._calls.get(message["id"])) is not None:
-                call.add(message)
-                heard[message["id"]] = call
-            if not self._connection.poll():
-                break
-        for name, call in heard.items():
-            try:
-                call.send()
-            except Exception:  # ends this request alone
-                logger.exception("a request cannot be answered; it is cancelled")
-                self._send({"id": name, "cancel": True}, call)
-                call.ended = True
-            if call.ended:
-                del self._calls[name]
+        try:
+            for _ in range(_MESSAGES):
+                message = json.loads(self._connection.recv_bytes())
+                if "closing" in message:
+                    self.open = False
+                elif (call := self._calls.get(message["id"])) is not None:
+                    call.add(message)
+                    heard[message["id"]] = call
+                if not self._connection.poll():
+                    break
+        finally:  # the model may be gone by now
+            for name, call in heard.items():
+                self._answer(name, call)
+
+    def _answer(self, name: int, call: _Call) -> None:
+        try:
+            call.send()
+        except Exception:  # ends this request alone
+            logger.exception("a request cannot be answered; it is cancelled")
+            self._cancel(name)
+            call.ended = True
+        if call.ended:
+            del self._calls[name]
 
     def _look(self) -> None:
         """Pass cancellation on."""
         for name, call in tuple(self._calls.items()):
             if call.is_cancelled():
-                self._send({"id": name, "cancel": True}, call)
+                self._cancel(name)
+
+    def _cancel(self, name: int) -> None:
+        with self._sending:
+            self._send({"id": name, "cancel": 1})
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # the model has gone: the thread finds that out, and fails all calls
+            self._connection.send_bytes(json.dumps(message).encode())
 
 
 class _Call:

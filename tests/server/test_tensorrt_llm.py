@@ -14,9 +14,9 @@ import pytest
 import tritonclient.grpc as triton
 
 from tests.server.client import CONTEXT, ENGINE, Client, Stream, eventually
-from triton_server_model.launcher import packaged_repository
+from triton_server_model.launcher import MODEL_NAME, packaged_repository
+from triton_server_model.launcher import TENSORRT_LLM_NAME as NAME
 
-NAME = "tensorrt_llm_bls"
 GREEDY = {"temperature": 0, "ignore_eos": True}
 """Of paged_llm. It is what TensorRT-LLM does unless asked for something else."""
 
@@ -145,6 +145,9 @@ def test_beams_come_together(client: Client) -> None:
     response = answer(client, beam_width=3, temperature=1.0, return_log_probs=True)
     assert response["text_output"] == direct["text_output"]
     assert response["cum_log_probs"] == [pytest.approx(direct["cumulative_logprob"])]
+    stream = ask(client, beam_width=3, stream=True)
+    stream.finish()
+    assert [part["text_output"] for part in stream.responses] == [direct["text_output"]]
     assert answer(client, beam_width=3, num_return_sequences=2)["text_output"] == direct["text_output"][:2]
 
 
@@ -188,8 +191,9 @@ def test_http(client: Client) -> None:
     streamed = client.http.post(f"/v2/models/{NAME}/generate_stream", json=body | {"stream": True})
     events = [json.loads(line.removeprefix("data: ")) for line in streamed.text.splitlines() if line]
     assert "".join(event["text_output"] for event in events) == expected
-    bad = client.http.post(f"/v2/models/{NAME}/generate", json=body | {"top_p": 1.5})
-    assert (bad.status_code, "top_p=1.5" in bad.json()["error"]) == (400, True)
+    for name, value in {"top_p": 1.5, "image_url_input": "http://x"}.items():
+        bad = client.http.post(f"/v2/models/{NAME}/generate", json=body | {name: value})
+        assert (bad.status_code, f"{name}={value!r}: " in bad.json()["error"]) == (400, True)
 
 
 def test_overload_and_cancellation(client: Client) -> None:
@@ -211,6 +215,22 @@ def test_overload_and_cancellation(client: Client) -> None:
     # Some of those that ran may have come to their end while others were cancelled.
     least = aborted + ENGINE["max_waiting"] // 2
     eventually(lambda: (client.metric("requests_ended_total", reason="abort") or 0) >= least)
+    assert ask(client).finish()
+
+
+def test_unload_and_reload_of_the_model_that_works(client: Client) -> None:
+    stream = ask(client, max_tokens=400, stream=True)
+    stream.wait_for(lambda: stream.chunks)
+    client.http.post(f"/v2/repository/models/{MODEL_NAME}/unload").raise_for_status()
+    assert stream.finish()
+    assert stream.error is None
+    unloaded = {"name": MODEL_NAME, "version": "1", "state": "UNAVAILABLE", "reason": "unloaded"}
+    eventually(lambda: unloaded in client.http.post("/v2/repository/index").json())
+    refused = ask(client)
+    refused.finish()
+    assert refused.error is not None
+    assert f"model '{MODEL_NAME}', which does the work, is not loaded" in refused.error
+    client.http.post(f"/v2/repository/models/{MODEL_NAME}/load").raise_for_status()
     assert ask(client).finish()
 
 
