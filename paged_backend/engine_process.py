@@ -100,13 +100,14 @@ class EngineProcess:
 
         Raises `EngineDead`, and `InvalidArgument` for an id in use, with nothing handed over.
         """
+        command = _pickled(Submit(request_id, prompt, params, options))
         with self._state:
             if self.error is not None:
                 raise EngineDead(str(self.error))
             if request_id in self._open:
                 raise InvalidArgument("request_id", request_id, "is in use by a request that has not ended")
             self._open.add(request_id)
-        self._send(Submit(request_id, prompt, params, options))
+        self._send(command)
 
     def abort(self, request_id: str) -> None:
         """End a request, with finish reason "abort"; never blocks. Unknown and ended ids are ignored.
@@ -139,7 +140,7 @@ class EngineProcess:
         with self._collecting:
             self._collected.clear()
             if self.error is None:
-                self._send(Collect())
+                self._send(_pickled(Collect()))
                 self._collected.wait(_COLLECT_SECONDS)
             return self._families
 
@@ -154,10 +155,9 @@ class EngineProcess:
             self.process.kill()
             self.process.wait()
 
-    def _send(self, command: Submit | Abort | Collect) -> None:
-        data = pickle.dumps(command, pickle.HIGHEST_PROTOCOL)
+    def _send(self, command: bytes) -> None:
         with self._sending, contextlib.suppress(OSError):  # its process has ended, which `receive` answers
-            self._connection.send_bytes(data)
+            self._connection.send_bytes(command)
 
     def _tell_aborted(self) -> None:
         if not self._aborted or not self._sending.acquire(blocking=False):
@@ -169,7 +169,7 @@ class EngineProcess:
                 with self._state:
                     aborted, self._aborted = self._aborted, []
                 with contextlib.suppress(OSError):
-                    self._connection.send(Abort(aborted))
+                    self._connection.send_bytes(_pickled(Abort(aborted)))
         finally:
             self._sending.release()
 
@@ -216,12 +216,17 @@ class EngineProcess:
         try:
             code = self.process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
+            self.process.kill()
             return "the engine process closed its pipe"
         if code >= 0:
             return f"the engine process exited with code {code}"
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         hint = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
         return f"the engine process was killed by {name}{hint}"
+
+
+def _pickled(command: Submit | Abort | Collect) -> bytes:
+    return pickle.dumps(command, pickle.HIGHEST_PROTOCOL)
 
 
 def _python() -> str:

@@ -22,15 +22,16 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-_TRY_SECONDS = 0.1
+MOST_DOORS = 64
+"""Of one model: each of its instances has one, while a version takes over from another those of both."""
 _CLOSE_SECONDS = 5
 """How long another model may take to hear the last of it."""
 
 
-def address(model: str) -> bytes:
-    """Of the door of this server's `model`. Abstract, so that no file stays behind."""
+def address(model: str, number: int) -> bytes:
+    """Of a door of this server's `model`. Abstract, so that no file stays behind."""
     server = os.stat("/proc/self/ns/pid").st_ino, os.getppid()  # the parent of all its stubs
-    return b"\0paged-backend-" + hashlib.sha256(repr((server, model)).encode()).hexdigest().encode()
+    return b"\0paged-backend-" + hashlib.sha256(repr((server, model, number)).encode()).hexdigest().encode()
 
 
 class Door:
@@ -42,19 +43,23 @@ class Door:
     """
 
     def __init__(self, model: str, execute: Callable[[list[Any]], None]) -> None:
-        self._address, self.execute = address(model), execute
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._closing, self._open, self._ended = threading.Event(), 0, threading.Condition()
+        self.execute = execute
+        self._closing, self._open, self._ended = False, 0, threading.Condition()
         self._visitors = weakref.WeakSet[_Visitor]()  # which live as long as their threads and requests
-        bound = self._bind()
-        self._thread = threading.Thread(target=self._run, args=[bound], name="paged-door", daemon=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        for number in range(MOST_DOORS):
+            with contextlib.suppress(OSError):  # another one has this address
+                self._listener.bind(address(model, number))
+                break
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._run, name="paged-door", daemon=True)
         self._thread.start()
 
     def enter(self) -> bool:
         """Count one more open request; False if the door is closing."""
         with self._ended:
-            self._open += not self._closing.is_set()
-            return not self._closing.is_set()
+            self._open += not self._closing
+            return not self._closing
 
     def leave(self) -> None:
         """Count one less."""
@@ -65,11 +70,10 @@ class Door:
     def close(self) -> None:
         """Refuse more requests, and wait for the end of those that are open, as Triton does with its own."""
         with self._ended:
-            self._closing.set()
-        with contextlib.suppress(OSError):  # it was never bound
-            self._listener.shutdown(socket.SHUT_RDWR)
+            self._closing = True
+        self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
-        self._listener.close()  # another version of the model may open its door now
+        self._listener.close()
         visitors = list(self._visitors)
         for visitor in visitors:
             visitor.send({"closing": 1})
@@ -78,19 +82,7 @@ class Door:
         for visitor in visitors:
             visitor.close()
 
-    def _bind(self) -> bool:
-        try:
-            self._listener.bind(self._address)
-        except OSError:  # another version has not closed its door yet
-            return False
-        self._listener.listen()
-        return True
-
-    def _run(self, bound: bool) -> None:
-        while not bound:
-            if self._closing.wait(_TRY_SECONDS):
-                return
-            bound = self._bind()
+    def _run(self) -> None:
         with contextlib.suppress(OSError):  # it is closed
             while True:
                 self._visitors.add(_Visitor(self, Connection(self._listener.accept()[0].detach())))

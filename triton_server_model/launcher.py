@@ -24,6 +24,7 @@ from typing import Self
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import InvalidArgument, PagedBackendError
+from paged_backend.interrupts import HeldBack
 
 MODEL_NAME = "paged_llm"
 """Name of the packaged model, and its folder in the model repository."""
@@ -119,8 +120,9 @@ class TritonServer:
             if isinstance(repository, EngineConfig):
                 repository = _repository(repository, self._names, folder)
             stack.callback(self._remove_regions)
-            self._start(installation, repository, folder)
-            stack.callback(self._end)
+            with HeldBack():  # or a Ctrl-C now would leave a server that nobody ends
+                self._start(installation, repository, folder)
+                stack.callback(self._end)
             self._wait_ready()
             self._stop = stack.pop_all().close
         return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +21,7 @@ from triton_server_model.protocol import parse_request
 from triton_server_model.protocol_table import NAMES, OUTPUTS, declaration
 from triton_server_model.reply import Reply
 from triton_server_model.sender import Sender
-from triton_server_model.server_process import end_with_server, unloads_models
+from triton_server_model.server_process import end_with_server, unloads_models, visible_devices
 from triton_server_model.tracing import Tracer
 from triton_server_model.unknown import UnknownParameters
 from triton_server_model.vllm_config import engine_fields
@@ -53,10 +52,14 @@ class TritonPythonModel:
         if not path.exists() and path.with_name("model.json").exists():
             path = path.with_name("model.json")
         try:
-            self._engine = EngineProcess(_read_config(path), environment=_devices(args))
+            devices = visible_devices(args["model_instance_kind"], args["model_instance_device_id"])
+            self._engine = EngineProcess(_read_config(path), environment=devices)
         except (PagedBackendError, OSError, json.JSONDecodeError) as error:
             raise pb_utils.TritonModelException(f"{path}: {error}") from None  # the message says it all
         labels = {"model": args["model_name"], "version": args["model_version"]}
+        groups = json.loads(args["model_config"])["instance_group"]
+        if sum(group["count"] * max(1, len(group["gpus"])) for group in groups) > 1:
+            labels["instance"] = args["model_instance_name"]
         self._sender, self._tracer = Sender(self._engine, self._on_end), Tracer(self._name)
         own = CollectorRegistry()
         self._errors = Counter("paged_backend_error_responses", "Error responses, by code", ["code"], registry=own)
@@ -104,15 +107,6 @@ class TritonPythonModel:
         """The engine has died: stop being ready, where the server lets a model do so."""
         if not self._finalizing and unloads_models():
             pb_utils.unload_model(self._name)
-
-
-def _devices(args: dict[str, str]) -> dict[str, str]:
-    """Environment of the engine's process: of KIND_GPU, it sees the instance's GPU alone."""
-    if args["model_instance_kind"] != "GPU":
-        return {}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    device = args["model_instance_device_id"]  # counts the ones that the server sees
-    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[int(device)] if visible else device}
 
 
 def _read_config(path: pathlib.Path) -> EngineConfig:

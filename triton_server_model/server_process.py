@@ -33,3 +33,11 @@ def unloads_models() -> bool:
         return False
     mode = "--model-control-mode"
     return f"{mode}=explicit" in command or (mode, "explicit") in itertools.pairwise(command)
+
+
+def visible_devices(kind: str, device_id: str) -> dict[str, str]:
+    """Environment variables of an engine for a model instance of this kind: of GPU, it sees that one alone."""
+    if kind != "GPU":
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # device ids count what the server sees
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[int(device_id)] if visible else device_id}

@@ -69,7 +69,9 @@ def _cause_of_death(code: int) -> str:
             return f"takes more than {_SECONDS} seconds to compile"
         case signal.SIGSEGV:
             return "is nested too deeply"
-    return f"takes more than {_MEMORY // 2**20} MiB of memory to compile"
+        case signal.SIGABRT | signal.SIGKILL:
+            return f"takes more than {_MEMORY // 2**20} MiB of memory to compile"
+    return f"cannot be compiled: the process that tried ended with code {code}"
 
 
 def main() -> None:
@@ -79,8 +81,8 @@ def main() -> None:
     seconds, memory = float(sys.argv[1]), int(sys.argv[2])
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-    for what, most in (("AS", memory), ("STACK", _STACK), ("CORE", 0)):
-        resource.setrlimit(getattr(resource, f"RLIMIT_{what}"), (most, most))
+    for what, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_STACK, _STACK), (resource.RLIMIT_CORE, 0)):
+        resource.setrlimit(what, (most, resource.getrlimit(what)[1]))
     limits = LLParserLimits(verbose_errors=False)
     for line in sys.stdin:
         kind, text = json.loads(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -16,18 +17,33 @@ import pytest
 
 from tests.server.client import Client, eventually
 from triton_server_model.launcher import MODEL_NAME, TENSORRT_LLM_NAME, free_ports
+from triton_server_model.server_process import visible_devices
 
 SHORT = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
+PYTHON = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+"""Name of the engine's process."""
 
 
 def test_unload_and_reload(client: Client) -> None:
-    stream = client.stream("the fox", sampling={"max_tokens": 200, "ignore_eos": True})
-    stream.wait_for(lambda: stream.chunks)
+    """What runs, waits or does not stream is finished first; new requests are refused."""
+    (stub,) = psutil.Process(client.server.process.pid).children()
+    (engine,) = stub.children()
+    assert "libtorch" not in Path(f"/proc/{stub.pid}/maps").read_text()
+    assert "libtorch" in Path(f"/proc/{engine.pid}/maps").read_text()
+    long = {"max_tokens": 200, "ignore_eos": True}
+    streams = [client.stream("the fox", sampling=long, stream=number % 2 > 0) for number in range(24)]
+    for stream in streams[1::2]:
+        stream.wait_for(lambda stream=stream: stream.chunks)
     client.http.post(f"/v2/repository/models/{MODEL_NAME}/unload").raise_for_status()
-    assert stream.finish()
-    assert stream.error is None
+    late = client.stream("the fox", sampling=SHORT)
+    late.finish()
+    assert late.error == f"Request for unknown model: '{MODEL_NAME}' has no available versions"
+    assert all(stream.finish() for stream in streams)
+    assert [stream.error for stream in streams] == [None] * 24
     unloaded = {"name": MODEL_NAME, "version": "1", "state": "UNAVAILABLE", "reason": "unloaded"}
     eventually(lambda: unloaded in client.http.post("/v2/repository/index").json())
+    assert not stub.is_running()
+    assert not engine.is_running()
     assert client.metric("steps_total") is None
     client.http.post(f"/v2/repository/models/{MODEL_NAME}/load").raise_for_status()
     assert client.stream("the fox", sampling=SHORT).finish()
@@ -54,16 +70,21 @@ def test_wrong_engine_json_is_refused(client: Client) -> None:
     assert client.stream("the fox", sampling=SHORT).finish()
 
 
-def _regions() -> set[Path]:
-    """Shared memory of Triton's Python backends."""
-    return set(Path("/dev/shm").glob("triton_*"))
+def _abandoned_regions() -> set[Path]:
+    """Shared memory of Triton's Python backends that no process uses."""
+    regions = set(Path("/dev/shm").glob("triton_*"))
+    for path in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            used = path.read_text()
+            regions = {region for region in regions if str(region) not in used}
+    return {region for region in regions if region.exists()}  # not one that was just being ended
 
 
 class Cli:
     """`paged-backend serve` in a process of its own, whose temporary files all lie in `tmp`."""
 
     def __init__(self, tmp: Path, *arguments: str, setup: str = "", **environment: str) -> None:
-        self.tmp, self.ports, self.regions = tmp, free_ports(3), _regions()
+        self.tmp, self.ports, self.regions = tmp, free_ports(3), _abandoned_regions()
         names = ("--http-port", "--grpc-port", "--metrics-port")
         ports = [str(part) for pair in zip(names, self.ports, strict=True) for part in pair]
         code = f"{setup}\nfrom paged_backend.cli import main\nmain()"
@@ -80,19 +101,22 @@ class Cli:
         output, _ = self.process.communicate(timeout=60)
         assert not list(self.tmp.iterdir())
         eventually(lambda: not self.children())
-        assert not _regions() - self.regions
+        assert not _abandoned_regions() - self.regions
         return self.process.returncode, output
+
+    def ready(self) -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            url = f"http://127.0.0.1:{self.ports[0]}/v2/health/ready"
+            return httpx.get(url, trust_env=False).status_code == 200
+        return False
 
     def children(self) -> dict[str, int]:
         """Processes of the server this started, by program name."""
         found = {}
         for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                command = path.read_bytes().decode().split("\0")
-            except OSError:
-                continue
-            if any(str(self.tmp) in part for part in command):
-                found[Path(command[0]).name] = int(path.parent.name)
+            with contextlib.suppress(OSError):
+                if str(self.tmp) in path.with_name("environ").read_text():
+                    found[Path(path.read_text().split("\0")[0]).name] = int(path.parent.name)
         return found
 
 
@@ -106,7 +130,7 @@ def test_serve_until_sigterm(tiny_llama_dir: Path, tmp_path: Path) -> None:
             break
     example = subprocess.run(shown[-1], shell=True, capture_output=True, text=True, check=True)
     assert "text_output" in example.stdout
-    assert {"tritonserver", "triton_python_backend_stub"} <= cli.children().keys()
+    assert {"tritonserver", "triton_python_backend_stub", PYTHON} <= cli.children().keys()
 
     body = {"text_input": "the fox", "stream": True, "parameters": {"max_tokens": 400, "ignore_eos": True}}
     with ExitStack() as stack:
@@ -123,9 +147,20 @@ def test_serve_until_sigterm(tiny_llama_dir: Path, tmp_path: Path) -> None:
     assert cli.end() == (0, "stopped\n")
 
 
-def test_serve_tells_that_the_server_died(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    cli = Cli(tmp_path, "--model", str(tiny_llama_dir))
-    eventually(lambda: "triton_python_backend_stub" in cli.children())
+def test_serve_tells_that_engine_and_server_died(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """A server that does not unload models when asked goes on calling the model ready (24.10): then its requests are
+    refused at once, with the cause.
+    """
+    cli = Cli(tmp_path, "--model", str(tiny_llama_dir), "--dtype", "float32", "--device", "cpu", "--kv-cache", "1MiB")
+    http = f"http://127.0.0.1:{cli.ports[0]}"
+    eventually(lambda: cli.ready(), seconds=60)
+    os.kill(cli.children()[PYTHON], signal.SIGKILL)
+    for _ in range(3):
+        answer = httpx.post(f"{http}/v2/models/{MODEL_NAME}/generate", json={"text_input": "the fox"}, trust_env=False)
+        assert answer.status_code == 400
+        assert "the engine process was killed by SIGKILL" in answer.json()["error"]
+    assert cli.ready()
+
     os.kill(cli.children()["tritonserver"], signal.SIGKILL)
     code, output = cli.end()
     assert code == 2
@@ -178,3 +213,21 @@ def test_serve_without_a_server(tiny_llama_dir: Path, tmp_path: Path) -> None:
 )
 def test_serve_bad_arguments(tmp_path: Path, arguments: list[str], message: str) -> None:
     assert Cli(tmp_path, *arguments).end() == (2, f"error: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "device_id", "visible", "engines"),
+    [
+        ("MODEL", "0", "2,3", None),
+        ("CPU", "0", None, None),
+        ("GPU", "1", None, "1"),
+        ("GPU", "1", "GPU-a,GPU-b", "GPU-b"),
+    ],
+)
+def test_devices_of_an_instance(
+    monkeypatch: pytest.MonkeyPatch, kind: str, device_id: str, visible: str | None, engines: str | None
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_devices(kind, device_id).get("CUDA_VISIBLE_DEVICES") == engines

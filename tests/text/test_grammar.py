@@ -150,6 +150,15 @@ def test_only_tokens_of_text_are_allowed(small: Setup) -> None:
     assert set(small.tokenizer("azé").input_ids[:3]) | small.eos < allowed < text | small.eos
 
 
+def test_a_grammar_may_name_special_tokens(small: Setup) -> None:
+    named = small.make(grammar='start: <s> "a"')
+    assert small.allowed(named) == [small.tokenizer.bos_token_id]
+    named.accept(small.tokenizer.bos_token_id)
+    assert small.allowed(named) == small.tokenizer("a").input_ids
+    with pytest.raises(InvalidArgument, match="unknown special token"):
+        small.make(grammar="start: <nobody>")
+
+
 def test_a_tokenizer_may_have_more_tokens_than_the_model(small: Setup) -> None:
     fewer = Setup(small.tokenizer, more=-100)
     assert max(fewer.allowed(fewer.make(regex="(?s:.*)"))) < fewer.vocab_size
