@@ -86,7 +86,13 @@ def test_the_tensors_that_their_own_client_sends(client: Client) -> None:
     }
     response = answer(client, **inputs)
     assert response == {"text_output": ["the fox" + expected], "batch_index": [[0]], "sequence_index": [[0]]}
-    assert "".join(ask(client, **inputs | {"stream": True}).finish()) == expected
+    tensors = [_tensor(name, value) for name, value in {"text_input": "the fox", "max_tokens": 8, **inputs}.items()]
+    outputs = [triton.InferRequestedOutput(name) for name in ("text_output", "sequence_index")]
+    address, parameters = client.server.address("grpc"), {"ignore_eos": True}
+    stream = Stream(address, tensors, parameters, model=NAME, outputs=outputs, request_id="1")
+    assert stream.finish() == "the fox" + expected
+    assert [response.keys() for response in stream.responses] == [{"text_output", "sequence_index"}]
+    assert ask(client, **inputs | {"stream": True}).finish() == expected
 
 
 def test_sampling(client: Client) -> None:
