@@ -14,6 +14,7 @@ import os
 import queue
 import socket
 import threading
+import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -21,35 +22,44 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-_TRY_SECONDS = 0.1
+MOST_DOORS = 64
+"""Of one model: each of its instances has one, while a version takes over from another those of both."""
+_CLOSE_SECONDS = 5
+"""How long another model may take to hear the last of it."""
 
 
-def address(model: str) -> bytes:
-    """Of the door of this server's `model`. Abstract, so that no file stays behind."""
+def address(model: str, number: int) -> bytes:
+    """Of a door of this server's `model`. Abstract, so that no file stays behind."""
     server = os.stat("/proc/self/ns/pid").st_ino, os.getppid()  # the parent of all its stubs
-    return b"\0paged-backend-" + hashlib.sha256(repr((server, model)).encode()).hexdigest().encode()
+    return b"\0paged-backend-" + hashlib.sha256(repr((server, model, number)).encode()).hexdigest().encode()
 
 
 class Door:
     """Hands requests that come through to `execute`, as Triton does, and hands their responses back.
 
-    In comes `{"id", "inputs": {name: text}, "parameters", "timeout", "request_id"}` or `{"id", "cancel": true}`, out
-    goes `{"id", "final", "outputs": {name: list}}` or `{"id", "final": true, "error", "code"}`.
+    In come `{"id", "inputs": {name: text}, "parameters", "timeout", "request_id", "trace"}` and `{"id", "cancel": 1}`;
+    out go `{"id", "final", "outputs": {name: list}}` and `{"id", "final": true, "error", "code"}`, and, when no more
+    requests may come this way, `{"closing": 1}`.
     """
 
     def __init__(self, model: str, execute: Callable[[list[Any]], None]) -> None:
-        self._address, self.execute = address(model), execute
+        self.execute = execute
+        self._closing, self._open, self._ended = False, 0, threading.Condition()
+        self._visitors = weakref.WeakSet[_Visitor]()  # which live as long as their threads and requests
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._closing, self._open, self._ended = threading.Event(), 0, threading.Condition()
-        bound = self._bind()
-        self._thread = threading.Thread(target=self._run, args=[bound], name="paged-door", daemon=True)
+        for number in range(MOST_DOORS):
+            with contextlib.suppress(OSError):  # another one has this address
+                self._listener.bind(address(model, number))
+                break
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._run, name="paged-door", daemon=True)
         self._thread.start()
 
     def enter(self) -> bool:
         """Count one more open request; False if the door is closing."""
         with self._ended:
-            self._open += not self._closing.is_set()
-            return not self._closing.is_set()
+            self._open += not self._closing
+            return not self._closing
 
     def leave(self) -> None:
         """Count one less."""
@@ -60,30 +70,22 @@ class Door:
     def close(self) -> None:
         """Refuse more requests, and wait for the end of those that are open, as Triton does with its own."""
         with self._ended:
-            self._closing.set()
-            self._ended.wait_for(lambda: not self._open)
-        with contextlib.suppress(OSError):  # it was never bound
-            self._listener.shutdown(socket.SHUT_RDWR)
+            self._closing = True
+        self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._listener.close()
+        visitors = list(self._visitors)
+        for visitor in visitors:
+            visitor.send({"closing": 1})
+        with self._ended:
+            self._ended.wait_for(lambda: not self._open)
+        for visitor in visitors:
+            visitor.close()
 
-    def _bind(self) -> bool:
-        try:
-            self._listener.bind(self._address)
-        except OSError:  # a version of the model that is being unloaded has it still
-            return False
-        self._listener.listen()
-        return True
-
-    def _run(self, bound: bool) -> None:
-        while not bound:
-            if self._closing.wait(_TRY_SECONDS):
-                return
-            bound = self._bind()
+    def _run(self) -> None:
         with contextlib.suppress(OSError):  # it is closed
             while True:
-                visitor = _Visitor(self, Connection(self._listener.accept()[0].detach()))
-                threading.Thread(target=visitor.read, name="paged-visitor", daemon=True).start()
+                self._visitors.add(_Visitor(self, Connection(self._listener.accept()[0].detach())))
 
 
 class _Visitor:
@@ -92,45 +94,53 @@ class _Visitor:
     def __init__(self, door: Door, connection: Connection) -> None:
         self._door, self._connection = door, connection
         self._requests: dict[int, _Request] = {}
-        self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        threading.Thread(target=self._write, name="paged-visitor-out", daemon=True).start()
+        self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="paged-visitor", daemon=True).start()
+        self._writer = threading.Thread(target=self._write, name="paged-visitor-out", daemon=True)
+        self._writer.start()
 
-    def read(self) -> None:
-        """Take requests until the other model closes the connection; what is open then is cancelled."""
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                self._take(json.loads(self._connection.recv_bytes()))
-        for request in tuple(self._requests.values()):
-            request.cancelled = True
-        self._messages.put(None)
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message; never blocks."""
+        self._messages.put(message)
 
     def answer(self, message: dict[str, Any]) -> None:
-        """Send a message; never blocks."""
-        self._messages.put(json.dumps(message).encode())
+        """Send a response."""
+        self.send(message)
         if message["final"]:
             del self._requests[message["id"]]
             self._door.leave()
 
+    def close(self) -> None:
+        """Hang up, after what is still to be sent."""
+        self._messages.put(None)
+        self._writer.join(_CLOSE_SECONDS)
+
+    def _read(self) -> None:
+        try:
+            with contextlib.suppress(EOFError, OSError):  # the other model has gone
+                while True:
+                    self._take(json.loads(self._connection.recv_bytes()))
+        finally:
+            for request in tuple(self._requests.values()):
+                request.cancelled = True
+            self._messages.put(None)
+
     def _take(self, message: dict[str, Any]) -> None:
-        if message.get("cancel"):
+        if "cancel" in message:
             if (request := self._requests.get(message["id"])) is not None:
                 request.cancelled = True
         elif self._door.enter():
             self._requests[message["id"]] = request = _Request(message, self.answer)
             self._door.execute([request])
         else:
-            refusal = {
-                "id": message["id"],
-                "final": True,
-                "error": "the model is being unloaded",
-                "code": "UNAVAILABLE",
-            }
-            self._messages.put(json.dumps(refusal).encode())
+            self.send(
+                {"id": message["id"], "final": True, "error": "the model is being unloaded", "code": "UNAVAILABLE"}
+            )
 
     def _write(self) -> None:
-        with contextlib.suppress(OSError):  # the other model has closed the connection
+        with contextlib.suppress(OSError), self._connection:
             while (message := self._messages.get()) is not None:
-                self._connection.send_bytes(message)
+                self._connection.send_bytes(json.dumps(message).encode())
 
 
 class _Request:
@@ -156,6 +166,15 @@ class _Request:
     def timeout(self) -> int:
         """In microseconds; 0 is none."""
         return int(self._message["timeout"])
+
+    def trace(self) -> _Request:
+        """Itself."""
+        return self
+
+    def get_context(self) -> str | None:
+        """Of Triton's trace, if it makes one of this request."""
+        context: str | None = self._message["trace"]
+        return context
 
     def get_response_sender(self) -> _Request:
         """Itself."""

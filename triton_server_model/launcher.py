@@ -28,6 +28,8 @@ from paged_backend.interrupts import HeldBack
 
 MODEL_NAME = "paged_llm"
 """Name of the packaged model, and its folder in the model repository."""
+TENSORRT_LLM_NAME = "tensorrt_llm_bls"
+"""Name of the one for clients of TensorRT-LLM's models."""
 BACKEND_NAMES = ("paged", "vllm")
 """What model folders may say as `backend` under a server that the launcher gives its backends."""
 _PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -85,6 +87,7 @@ class TritonServer:
     Serves the packaged model with an engine of that config, or an operator's own model repository as it is. Entering
     raises `InvalidArgument` for a bad model or a port that is taken, `ServerError` when the server cannot start.
     `verbose` sends the server's log to stderr; else errors quote its end. `arguments` are further ones of tritonserver.
+    `tensorrt_llm` puts the model for TensorRT-LLM's clients beside that config's.
     """
 
     def __init__(
@@ -97,11 +100,13 @@ class TritonServer:
         metrics_port: int = 8002,
         verbose: bool = False,
         arguments: Sequence[str] = (),
+        tensorrt_llm: bool = False,
         start_timeout: float = 600,
     ) -> None:
         self.host = host
         self.ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         self._served, self._verbose, self._arguments = served, verbose, arguments
+        self._names = (MODEL_NAME, TENSORRT_LLM_NAME) if tensorrt_llm else (MODEL_NAME,)
         self._start_timeout = start_timeout
         self._region_prefix = f"triton_paged_{uuid.uuid4().hex[:12]}"
 
@@ -111,7 +116,9 @@ class TritonServer:
             _require_free(self.host, port, name)
         with contextlib.ExitStack() as stack:
             folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="paged-backend-")))
-            repository = self._served if isinstance(self._served, pathlib.Path) else _repository(self._served, folder)
+            repository = self._served
+            if isinstance(repository, EngineConfig):
+                repository = _repository(repository, self._names, folder)
             stack.callback(self._remove_regions)
             with HeldBack():  # or a Ctrl-C now would leave a server that nobody ends
                 self._start(installation, repository, folder)
@@ -252,12 +259,13 @@ def _require_free(host: str, port: int, name: str) -> None:
         ) from None
 
 
-def _repository(config: EngineConfig, folder: pathlib.Path) -> pathlib.Path:
+def _repository(config: EngineConfig, names: Sequence[str], folder: pathlib.Path) -> pathlib.Path:
     from paged_backend.models import resolve
 
     local = str(resolve(config.require_model(), config.revision).resolve())
     fields = config.model_dump(mode="json", exclude_unset=True) | {"model": local, "revision": None}
-    model = folder / "models" / MODEL_NAME
-    shutil.copytree(packaged_repository() / MODEL_NAME, model, ignore=shutil.ignore_patterns("__pycache__"))
-    (model / "1" / "engine.json").write_text(json.dumps(fields))
-    return model.parent
+    models = folder / "models"
+    for name in names:
+        shutil.copytree(packaged_repository() / name, models / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (models / MODEL_NAME / "1" / "engine.json").write_text(json.dumps(fields))
+    return models

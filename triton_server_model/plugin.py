@@ -56,6 +56,9 @@ def serve(
         str | None,
         typer.Option(help="What clients of --openai have to send as API key.", envvar="PAGED_BACKEND_API_KEY"),
     ] = None,
+    tensorrt_llm: Annotated[
+        bool, typer.Option("--tensorrt-llm", help="Serve tensorrt_llm_bls, too, for clients of TensorRT-LLM's models.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="torch device, such as cpu or cuda:1.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and output together.")] = None,
@@ -66,7 +69,7 @@ def serve(
     from rich.console import Console
 
     from paged_backend.config import EngineConfig
-    from triton_server_model.launcher import TritonServer
+    from triton_server_model.launcher import TENSORRT_LLM_NAME, TritonServer
     from triton_server_model.openai.server import OpenAIServer
 
     given = {
@@ -79,6 +82,8 @@ def serve(
     fields = {name: value for name, value in given.items() if value is not None}
     if repository is None and model is None:
         raise InvalidArgument("--model", model, "name a model to serve, or a --repository")
+    if repository is not None and tensorrt_llm:
+        raise InvalidArgument("--tensorrt-llm", True, f"put {TENSORRT_LLM_NAME} into the --repository instead")
     if repository is not None and fields:
         raise InvalidArgument("--repository", str(repository), f"its engine.json decides {', '.join(fields)}")
     server = TritonServer(
@@ -88,6 +93,7 @@ def serve(
         grpc_port=grpc_port,
         metrics_port=metrics_port,
         verbose=verbose,
+        tensorrt_llm=tensorrt_llm,
     )
     front = None if openai is None else OpenAIServer(host, openai, server.address("grpc"), api_key)
     console = Console(soft_wrap=True, highlight=False, markup=False)

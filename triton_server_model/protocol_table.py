@@ -183,6 +183,7 @@ NAMES = (
             *("lora_task_id", "lora_weights", "lora_config", "lora_id", "lora_path"),
             *("prompt_embedding_table", "prompt_vocab_size", "prompt_table_extra_id"),
             *("num_draft_tokens", "use_draft_logits", "decoder_text_input"),
+            *("image_input", "image_bytes_input", "image_url_input", "video_bytes_input"),
         )
     ),
     Name("pad_id", "Nothing is padded.", "TensorRT-LLM", "ignored"),

@@ -17,16 +17,19 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from paged_backend.errors import EngineDead
-from triton_server_model.door import address
+from triton_server_model.door import MOST_DOORS, address
 from triton_server_model.logs import TritonLog
 from triton_server_model.protocol import error_code
 from triton_server_model.server_process import end_with_server
 from triton_server_model.tensorrt_llm_protocol import INPUTS, OUTPUTS, Answer, Question, translate
+from triton_server_model.tracing import trace_context
 
 logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.1
 """Between looks for cancelled requests; TensorRT-LLM's backend takes as long."""
+_SEARCH_SECONDS = 1.0
+"""Between looks for further instances of the model."""
 _MESSAGES = 256
 """Taken at once at most; what they have for one request leaves as one response."""
 
@@ -49,8 +52,9 @@ class TritonPythonModel:
         end_with_server()
         self._log = TritonLog(args["model_name"])
         parameters = json.loads(args["model_config"])["parameters"]
-        self._model = parameters["tensorrt_llm_model_name"]["string_value"]
-        self._line: _Line | None = None
+        self._model = parameters.get("tensorrt_llm_model_name", {"string_value": "paged_llm"})["string_value"]
+        self._lines: dict[int, _Line] = {}
+        self._next_search = 0.0
 
     def execute(self, requests: list[Any]) -> None:
         """Pass each request on, or answer it at once with what is wrong with it."""
@@ -58,9 +62,7 @@ class TritonPythonModel:
             responses = request.get_response_sender()
             try:
                 question = translate({tensor.name(): tensor.as_numpy() for tensor in request.inputs()})
-                if self._line is None or self._line.broken:
-                    self._line = _Line(self._model)
-                self._line.pass_on(_Call(Answer(question), responses), question, request)
+                self._line().pass_on(_Call(Answer(question), responses), question, request)
             except Exception as error:
                 if error_code(error) == "INTERNAL":
                     logger.exception("the request failed", extra={"request_id": request.request_id()})
@@ -68,29 +70,43 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """End all threads. Triton calls this after every request's final response."""
-        if self._line is not None:
-            self._line.close()
+        for line in self._lines.values():
+            line.close()
         self._log.close()
+
+    def _line(self) -> _Line:
+        """To the instance with the fewest requests from here. Raises `EngineDead` if the model is not loaded."""
+        if time.monotonic() >= self._next_search or not any(line.open for line in self._lines.values()):
+            self._next_search = time.monotonic() + _SEARCH_SECONDS
+            for number in range(MOST_DOORS):
+                if number not in self._lines or not self._lines[number].open:
+                    with contextlib.suppress(OSError):  # there is none
+                        self._lines[number] = _Line(address(self._model, number))
+        lines = [line for line in self._lines.values() if line.open]
+        if not lines:
+            raise EngineDead(f"model {self._model!r}, which does the work, is not loaded")
+        return min(lines, key=lambda line: len(line.calls))
 
 
 class _Line:
     """A connection to a model's door, and the requests that went through it; a thread answers them."""
 
-    def __init__(self, model: str) -> None:
-        """Raises `EngineDead` if the model is not loaded."""
+    def __init__(self, door: bytes) -> None:
+        """Raises OSError if nobody is there."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._socket.connect(address(model))
+            self._socket.connect(door)
         except OSError:
             self._socket.close()
-            raise EngineDead(f"model {model!r}, which does the work, is not loaded") from None
+            raise
         self._connection = Connection(os.dup(self._socket.fileno()))
-        self._calls: dict[int, _Call] = {}
+        self.calls: dict[int, _Call] = {}
+        """Those that are open."""
         self._names = itertools.count()
         self._next_look = 0.0
-        self.broken = False
-        """Whether the model has gone."""
-        self._sending = threading.Lock()  # guards `broken`, too
+        self.open = True
+        """Whether more requests may go through."""
+        self._sending = threading.Lock()  # and guards `open`
         self._thread = threading.Thread(target=self._run, name="paged-line", daemon=True)
         self._thread.start()
 
@@ -102,22 +118,19 @@ class _Line:
             "parameters": json.loads(request.parameters() or "{}"),
             "timeout": request.timeout(),
             "request_id": request.request_id(),
+            "trace": trace_context(request),
         }
-        self._send(message, call)
+        with self._sending:
+            if not self.open:
+                raise EngineDead("the model that does the work has gone")
+            self.calls[message["id"]] = call
+            self._send(message)
 
     def close(self) -> None:
         """End the thread."""
         with contextlib.suppress(OSError):  # the model has gone
             self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join()
-
-    def _send(self, message: Mapping[str, Any], call: _Call) -> None:
-        with self._sending:
-            if self.broken:
-                raise EngineDead("the model that does the work has gone")
-            self._calls[message["id"]] = call
-            with contextlib.suppress(OSError):  # the model has gone: the thread finds that out, and fails all calls
-                self._connection.send_bytes(json.dumps(message).encode())
 
     def _run(self) -> None:
         with contextlib.suppress(EOFError, OSError):  # the model has gone
@@ -128,37 +141,53 @@ class _Line:
                     self._look()
                     self._next_look = time.monotonic() + _LOOK_SECONDS
         with self._sending:
-            self.broken = True
-        for call in self._calls.values():
-            _fail(call.responses, "the model that does the work has gone", "UNAVAILABLE")
+            self.open = False
+        for call in self.calls.values():
+            with contextlib.suppress(Exception):  # one that cannot be told does not keep it from others
+                _fail(call.responses, "the model that does the work has gone", "UNAVAILABLE")
         self._connection.close()
         self._socket.close()
 
     def _take(self) -> None:
         """Answer with what has come."""
         heard: dict[int, _Call] = {}
-        for _ in range(_MESSAGES):
-            message = json.loads(self._connection.recv_bytes())
-            if (call := self._calls.get(message["id"])) is not None:
-                call.add(message)
-                heard[message["id"]] = call
-            if not self._connection.poll():
-                break
-        for name, call in heard.items():
-            try:
-                call.send()
-            except Exception:  # ends this request alone
-                logger.exception("a request cannot be answered; it is cancelled")
-                self._send({"id": name, "cancel": True}, call)
-                call.ended = True
-            if call.ended:
-                del self._calls[name]
+        try:
+            for _ in range(_MESSAGES):
+                message = json.loads(self._connection.recv_bytes())
+                if "closing" in message:
+                    self.open = False
+                elif (call := self.calls.get(message["id"])) is not None:
+                    call.add(message)
+                    heard[message["id"]] = call
+                if not self._connection.poll():
+                    break
+        finally:  # the model may be gone by now
+            for name, call in heard.items():
+                self._answer(name, call)
+
+    def _answer(self, name: int, call: _Call) -> None:
+        try:
+            call.send()
+        except Exception:  # ends this request alone
+            logger.exception("a request cannot be answered; it is cancelled")
+            self._cancel(name)
+            call.ended = True
+        if call.ended:
+            del self.calls[name]
 
     def _look(self) -> None:
         """Pass cancellation on."""
-        for name, call in tuple(self._calls.items()):
+        for name, call in tuple(self.calls.items()):
             if call.is_cancelled():
-                self._send({"id": name, "cancel": True}, call)
+                self._cancel(name)
+
+    def _cancel(self, name: int) -> None:
+        with self._sending:
+            self._send({"id": name, "cancel": 1})
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # the model has gone: the thread finds that out, and fails all calls
+            self._connection.send_bytes(json.dumps(message).encode())
 
 
 class _Call:

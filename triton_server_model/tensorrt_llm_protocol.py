@@ -63,11 +63,11 @@ class Question:
     fields: dict[str, Any]
     """Its `sampling_parameters`."""
     stream: bool
-    """Send text as it comes, not once at the end."""
+    """Send text as it comes, not once at the end; beams only come then."""
     prefix: str
     """What the answer begins with: the prompt, or nothing."""
     beams: bool
-    """Answer with all texts together; else each has responses of its own."""
+    """Answer with all texts in one response; else each has its own."""
 
 
 def translate(inputs: Mapping[str, npt.NDArray[Any]]) -> Question:
@@ -95,7 +95,7 @@ def translate(inputs: Mapping[str, npt.NDArray[Any]]) -> Question:
     fields |= {"stream": True, "exclude_input_in_output": True}
     stream = values.get("stream", False)
     prefix = "" if stream or values.get("exclude_input_in_output") else values["text_input"]
-    return Question(values["text_input"], fields, stream, prefix, beams)
+    return Question(values["text_input"], fields, stream and not beams, prefix, beams)
 
 
 def _value(name: str, elements: npt.NDArray[Any]) -> Any:
@@ -142,14 +142,16 @@ class Answer:
 
     def take(self, *, ended: bool) -> list[Tensors]:
         """The tensors, by name, of each response that is to be sent now; one at least if all has `ended`."""
-        everything = list(range(len(self._sequences)))
-        if self._question.beams or not self._question.stream:
-            groups = ([everything] if self._question.beams else [[index] for index in everything]) if ended else []
-        else:
-            groups = [[index] for index in everything if self._has_news(self._sequences[index], ended)]
+        if not (ended or self._question.stream):
+            return []
+        groups = [[index] for index, sequence in enumerate(self._sequences) if self._has_news(sequence, ended)]
+        if self._question.beams:
+            groups = [list(range(len(self._sequences)))]
         return [self._tensors(group) for group in groups or [[0]] * ended]
 
     def _has_news(self, sequence: _Sequence, ended: bool) -> bool:
+        if not self._question.stream:
+            return True
         return bool(sequence.text or (ended and (sequence.num_tokens or sequence.log_probs)))
 
     def _tensors(self, group: list[int]) -> Tensors:

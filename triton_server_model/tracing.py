@@ -59,7 +59,7 @@ class Tracer:
 
     def follow(self, request: Any, params: SamplingParams) -> Callable[[Sequence[RequestOutput]], None] | None:
         """What to tell all outputs of Triton's `request`; None if it is not traced."""
-        if self._provider is None or not (context := _context(request)):
+        if self._provider is None or not (context := trace_context(request)):
             return None
         last: dict[int, RequestOutput] = {}
 
@@ -127,7 +127,7 @@ def _phases(outputs: Sequence[RequestOutput]) -> list[tuple[str, float]]:
     return [*phases, ("", end)]
 
 
-def _context(request: Any) -> str | None:
+def trace_context(request: Any) -> str | None:
     """JSON of W3C's headers, if Triton traces this request; servers before 24.04 do not tell."""
     trace = getattr(request.trace(), "get_context", None) if hasattr(request, "trace") else None
     return trace() if trace is not None else None

@@ -124,6 +124,12 @@ class Client:
     def generate(self, body: dict[str, Any]) -> httpx.Response:
         return self.http.post(f"/v2/models/{MODEL_NAME}/generate", json=body)
 
+    def unload(self, model: str) -> None:
+        """Unload a model, and wait until it is."""
+        self.http.post(f"/v2/repository/models/{model}/unload").raise_for_status()
+        unloaded = {"name": model, "version": "1", "state": "UNAVAILABLE", "reason": "unloaded"}
+        eventually(lambda: unloaded in self.http.post("/v2/repository/index").json())
+
     def metric(self, name: str, /, **labels: str) -> float | None:
         """A `paged_backend_` sample on the metrics port; None where there is no such sample."""
         text = httpx.get(f"http://{self.server.address('metrics')}/metrics", trust_env=False).text

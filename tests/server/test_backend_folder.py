@@ -13,7 +13,7 @@ import pytest
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import InvalidArgument
-from tests.server.client import ENGINE, Client, eventually
+from tests.server.client import ENGINE, Client
 from triton_server_model.launcher import MODEL_NAME, install_backend, packaged_repository
 from triton_server_model.vllm_config import engine_fields
 
@@ -32,14 +32,11 @@ def test_models_without_code(client: Client, repository: Path, tiny_llama_dir: P
     def serve(name: str) -> str:
         client.http.post(f"/v2/repository/models/{name}/load").raise_for_status()
         text: str = client.http.post(f"/v2/models/{name}/generate", json=body).json()["text_output"]
-        client.http.post(f"/v2/repository/models/{name}/unload").raise_for_status()
+        client.unload(name)
         return text
 
     with ThreadPoolExecutor() as pool:
         assert list(pool.map(serve, ["ours", "theirs"])) == [expected, expected]
-    for name in ("ours", "theirs"):
-        gone = {"name": name, "version": "1", "state": "UNAVAILABLE", "reason": "unloaded"}
-        eventually(lambda gone=gone: gone in client.http.post("/v2/repository/index").json())
 
 
 def test_unsupported_vllm_argument_is_refused(client: Client, repository: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from tests.server.client import Client, eventually
-from triton_server_model.launcher import MODEL_NAME, free_ports
+from triton_server_model.launcher import MODEL_NAME, TENSORRT_LLM_NAME, free_ports
 from triton_server_model.server_process import visible_devices
 
 SHORT = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
@@ -120,7 +121,8 @@ class Cli:
 
 
 def test_serve_until_sigterm(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    cli = Cli(tmp_path, "--model", str(tiny_llama_dir), "--dtype", "float32", "--device", "cpu", "--kv-cache", "1MiB")
+    arguments = ["--dtype", "float32", "--device", "cpu", "--kv-cache", "1MiB", "--tensorrt-llm"]
+    cli = Cli(tmp_path, "--model", str(tiny_llama_dir), *arguments)
     shown = []
     for line in cli.process.stdout:
         shown.append(line)
@@ -131,15 +133,17 @@ def test_serve_until_sigterm(tiny_llama_dir: Path, tmp_path: Path) -> None:
     assert {"tritonserver", "triton_python_backend_stub", PYTHON} <= cli.children().keys()
 
     body = {"text_input": "the fox", "stream": True, "parameters": {"max_tokens": 400, "ignore_eos": True}}
-    url = f"http://127.0.0.1:{cli.ports[0]}/v2/models/{MODEL_NAME}/generate_stream"
-    with httpx.stream("POST", url, json=body, trust_env=False, timeout=60) as response:
-        lines = response.iter_lines()
-        first = next(lines)
+    with ExitStack() as stack:
+        streams = []
+        for model in (MODEL_NAME, TENSORRT_LLM_NAME):
+            url = f"http://127.0.0.1:{cli.ports[0]}/v2/models/{model}/generate_stream"
+            response = stack.enter_context(httpx.stream("POST", url, json=body, trust_env=False, timeout=60))
+            streams.append(response.iter_lines())
+        assert all(next(lines).startswith("data: ") for lines in streams)
         cli.process.send_signal(signal.SIGTERM)  # what runs is finished first
-        rest = list(lines)
-    assert first.startswith("data: ")
-    assert len(rest) > 2
-    assert not any("error" in line for line in rest)
+        for rest in map(list, streams):
+            assert len(rest) > 2
+            assert not any("error" in line for line in rest)
     assert cli.end() == (0, "stopped\n")
 
 
@@ -201,6 +205,10 @@ def test_serve_without_a_server(tiny_llama_dir: Path, tmp_path: Path) -> None:
         ),
         ([], "--model=None: name a model to serve, or a --repository"),
         (["--repository", "/", "--dtype", "float32"], "--repository='/': its engine.json decides dtype"),
+        (
+            ["--repository", "/", "--tensorrt-llm"],
+            "--tensorrt-llm=True: put tensorrt_llm_bls into the --repository instead",
+        ),
     ],
 )
 def test_serve_bad_arguments(tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -14,9 +14,9 @@ import pytest
 import tritonclient.grpc as triton
 
 from tests.server.client import CONTEXT, ENGINE, Client, Stream, eventually
-from triton_server_model.launcher import packaged_repository
+from triton_server_model.launcher import MODEL_NAME, packaged_repository
+from triton_server_model.launcher import TENSORRT_LLM_NAME as NAME
 
-NAME = "tensorrt_llm_bls"
 GREEDY = {"temperature": 0, "ignore_eos": True}
 """Of paged_llm. It is what TensorRT-LLM does unless asked for something else."""
 
@@ -26,7 +26,7 @@ def _model(client: Client, repository: Path) -> Iterator[None]:
     shutil.copytree(packaged_repository() / NAME, repository / NAME)
     client.http.post(f"/v2/repository/models/{NAME}/load").raise_for_status()
     yield
-    client.http.post(f"/v2/repository/models/{NAME}/unload").raise_for_status()
+    client.unload(NAME)
 
 
 def ask(client: Client, text: str | bytes = "the fox", *, max_tokens: int | None = 8, **inputs: Any) -> Stream:
@@ -86,7 +86,13 @@ def test_the_tensors_that_their_own_client_sends(client: Client) -> None:
     }
     response = answer(client, **inputs)
     assert response == {"text_output": ["the fox" + expected], "batch_index": [[0]], "sequence_index": [[0]]}
-    assert "".join(ask(client, **inputs | {"stream": True}).finish()) == expected
+    tensors = [_tensor(name, value) for name, value in {"text_input": "the fox", "max_tokens": 8, **inputs}.items()]
+    outputs = [triton.InferRequestedOutput(name) for name in ("text_output", "sequence_index")]
+    address, parameters = client.server.address("grpc"), {"ignore_eos": True}
+    stream = Stream(address, tensors, parameters, model=NAME, outputs=outputs, request_id="1")
+    assert stream.finish() == "the fox" + expected
+    assert [response.keys() for response in stream.responses] == [{"text_output", "sequence_index"}]
+    assert ask(client, **inputs | {"stream": True}).finish() == expected
 
 
 def test_sampling(client: Client) -> None:
@@ -145,6 +151,9 @@ def test_beams_come_together(client: Client) -> None:
     response = answer(client, beam_width=3, temperature=1.0, return_log_probs=True)
     assert response["text_output"] == direct["text_output"]
     assert response["cum_log_probs"] == [pytest.approx(direct["cumulative_logprob"])]
+    stream = ask(client, beam_width=3, stream=True)
+    stream.finish()
+    assert [part["text_output"] for part in stream.responses] == [direct["text_output"]]
     assert answer(client, beam_width=3, num_return_sequences=2)["text_output"] == direct["text_output"][:2]
 
 
@@ -188,8 +197,9 @@ def test_http(client: Client) -> None:
     streamed = client.http.post(f"/v2/models/{NAME}/generate_stream", json=body | {"stream": True})
     events = [json.loads(line.removeprefix("data: ")) for line in streamed.text.splitlines() if line]
     assert "".join(event["text_output"] for event in events) == expected
-    bad = client.http.post(f"/v2/models/{NAME}/generate", json=body | {"top_p": 1.5})
-    assert (bad.status_code, "top_p=1.5" in bad.json()["error"]) == (400, True)
+    for name, value in {"top_p": 1.5, "image_url_input": "http://x"}.items():
+        bad = client.http.post(f"/v2/models/{NAME}/generate", json=body | {name: value})
+        assert (bad.status_code, f"{name}={value!r}: " in bad.json()["error"]) == (400, True)
 
 
 def test_overload_and_cancellation(client: Client) -> None:
@@ -214,6 +224,20 @@ def test_overload_and_cancellation(client: Client) -> None:
     assert ask(client).finish()
 
 
+def test_unload_and_reload_of_the_model_that_works(client: Client) -> None:
+    stream = ask(client, max_tokens=400, stream=True)
+    stream.wait_for(lambda: stream.chunks)
+    client.unload(MODEL_NAME)
+    assert stream.finish()
+    assert stream.error is None
+    refused = ask(client)
+    refused.finish()
+    assert refused.error is not None
+    assert f"model '{MODEL_NAME}', which does the work, is not loaded" in refused.error
+    client.http.post(f"/v2/repository/models/{MODEL_NAME}/load").raise_for_status()
+    assert ask(client).finish()
+
+
 def test_model_that_is_not_there(client: Client, repository: Path) -> None:
     shutil.copytree(packaged_repository() / NAME, repository / "ensemble")
     config = repository / "ensemble" / "config.pbtxt"
@@ -221,4 +245,4 @@ def test_model_that_is_not_there(client: Client, repository: Path) -> None:
     client.http.post("/v2/repository/models/ensemble/load").raise_for_status()
     answer = client.http.post("/v2/models/ensemble/generate", json={"text_input": "the fox", "max_tokens": 8})
     assert "model 'nobody', which does the work, is not loaded" in answer.json()["error"]
-    client.http.post("/v2/repository/models/ensemble/unload").raise_for_status()
+    client.unload("ensemble")
