@@ -45,9 +45,13 @@ class EngineProcess:
     happens to the engine or to its process.
     """
 
-    def __init__(self, config: EngineConfig, *, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, *, environment: Mapping[str, str] | None = None, with_parent: bool = False
+    ) -> None:
         """Return when the model is loaded. `environment` adds variables to this process's.
 
+        `with_parent` has this process killed when its own parent ends: one that waits for an answer of its parent, with
+        the interpreter's lock held, can do nothing about it itself.
         Raises what making the `Engine` raises, and `EngineDead` when the process dies of it.
         """
         self.error: Exception | None = None
@@ -66,9 +70,10 @@ class EngineProcess:
         self._socket, theirs = socket.socketpair()
         self._connection = Connection(os.dup(self._socket.fileno()))
         variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | dict(environment or {})
+        arguments = (theirs.fileno(), os.getpid(), os.getppid() if with_parent else 0)
         with theirs:
             self.process = subprocess.Popen(
-                [_python(), "-sPm", "paged_backend.engine_worker", str(theirs.fileno())],
+                [_python(), "-sPm", "paged_backend.engine_worker", *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env=variables,

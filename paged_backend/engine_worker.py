@@ -1,7 +1,11 @@
-"""The process of an engine: `python -m paged_backend.engine_worker FILE_DESCRIPTOR`, started by `EngineProcess`."""
+"""The process of an engine, started by `EngineProcess` with `python -m paged_backend.engine_worker PIPE OWNER PARENT`.
+
+PIPE is a file descriptor, OWNER the process at its other end, PARENT the process that the owner is to end with, or 0.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import logging.handlers
@@ -15,6 +19,8 @@ import time
 import traceback
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
+
+import psutil
 
 from paged_backend.engine_messages import Abort, Collect, Families, Loaded, Packer, Submit, portable
 from paged_backend.errors import EngineDead, PagedBackendError
@@ -33,6 +39,8 @@ _CLOSE_SECONDS = 10
 """After which a process that was told to end does so in the middle of a step."""
 _ORPHAN_SECONDS = 1
 """The same, when there is nobody left to answer."""
+_LOOK_SECONDS = 0.25
+"""Between looks at whether the owner and its parent are there."""
 _SWITCH_SECONDS = 0.0005
 """How long one thread may keep the interpreter when another wants it. Each request that is taken in wants it a few
 times, and Python's 5 ms add up where hundreds arrive while the engine is busy; nor is the engine to wait for them."""
@@ -114,7 +122,6 @@ class Worker:
             self._outbox.put(_dead(engine.error))
 
     def _read(self) -> None:
-        parent = os.getppid()
         try:
             while True:
                 self._obey(self._owner.recv())
@@ -125,10 +132,7 @@ class Worker:
         with self._state:
             self._closing = True
             self._state.notify()
-        deadline = time.monotonic() + _CLOSE_SECONDS
-        while time.monotonic() < deadline and os.getppid() == parent:
-            time.sleep(0.1)
-        time.sleep(_ORPHAN_SECONDS)
+        time.sleep(_CLOSE_SECONDS)
         os._exit(1)
 
     def _obey(self, command: Submit | Abort | Collect) -> None:
@@ -192,14 +196,28 @@ def _dead(error: Exception) -> EngineDead:
     return EngineDead(f"the engine has stopped: {error}")
 
 
+def _watch(owner: int, parent: int) -> None:
+    """End with the owner, and the owner with its parent, if that is not 0."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(owner)
+        while os.getppid() == owner and parent in (0, process.ppid()):
+            time.sleep(_LOOK_SECONDS)
+        if os.getppid() == owner:
+            process.kill()
+    time.sleep(_ORPHAN_SECONDS)
+    os._exit(1)
+
+
 def main() -> None:
-    """Serve the owner at the other end of the file descriptor that is the first argument."""
+    """Serve the owner at the other end of the pipe."""
     faulthandler.enable()
     # A Ctrl-C in the terminal, or a shutdown of the machine, is for the server: it ends us when its requests are done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.setswitchinterval(_SWITCH_SECONDS)
-    owner = Connection(int(sys.argv[1]))
+    pipe, *processes = map(int, sys.argv[1:])
+    threading.Thread(target=_watch, args=processes, name="paged-watch", daemon=True).start()
+    owner = Connection(pipe)
     os.set_inheritable(owner.fileno(), False)  # or a process started here would keep the pipe open
     Worker(owner).run(owner.recv())
     sys.stdout.flush()

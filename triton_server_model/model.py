@@ -53,7 +53,7 @@ class TritonPythonModel:
             path = path.with_name("model.json")
         try:
             devices = visible_devices(args["model_instance_kind"], args["model_instance_device_id"])
-            self._engine = EngineProcess(_read_config(path), environment=devices)
+            self._engine = EngineProcess(_read_config(path), environment=devices, with_parent=True)
         except (PagedBackendError, OSError, json.JSONDecodeError) as error:
             raise pb_utils.TritonModelException(f"{path}: {error}") from None  # the message says it all
         labels = {"model": args["model_name"], "version": args["model_version"]}

@@ -12,7 +12,10 @@ _LOOK_SECONDS = 0.5
 
 
 def end_with_server() -> None:
-    """End this process soon after its parent, from a thread: the stub itself does not when it waits for an answer."""
+    """End this process soon after its parent, from a thread: the stub itself does not when it waits for an answer.
+
+    Nor does the thread when the stub waits with the interpreter's lock held; then `EngineProcess` sees to it.
+    """
     parent = os.getppid()
 
     def watch() -> None:
