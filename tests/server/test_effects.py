@@ -121,11 +121,12 @@ def _(client: Client, engine: Engine) -> None:
 def _(client: Client, engine: Engine) -> None:
     all_slots = {"n": ENGINE["max_num_seqs"]}
     long = {"max_tokens": CONTEXT, "ignore_eos": True}
-    # Several times as long as it takes to ask for the rest, on any machine.
-    busy = [client.stream("busy", sampling=long | all_slots) for _ in range(5)]
+    # They take far longer than asking for the rest. All of it fits into the queue of ENGINE["max_waiting"].
+    busy = [client.stream("busy", sampling=long | all_slots) for _ in range(3)]
     busy[0].wait_for(lambda: busy[0].chunks)
-    later = client.stream(PROMPT, sampling=BASE | all_slots | {"priority": 5, "max_tokens": 100})
-    sooner = client.stream(PROMPT, sampling=BASE | all_slots | {"priority": 4})
+    most_slots = BASE | {"n": 12}  # so that the two cannot run beside each other
+    later = client.stream(PROMPT, sampling=most_slots | {"priority": 5, "max_tokens": 100})
+    sooner = client.stream(PROMPT, sampling=most_slots | {"priority": 4})
     refusals = [
         client.stream(PROMPT, **way)
         for way in ({"parameters": {"queue_timeout_ms": 1}}, {"sampling": {"queue_timeout_ms": 1}})
@@ -133,7 +134,7 @@ def _(client: Client, engine: Engine) -> None:
     http = client.generate({"text_input": PROMPT, "parameters": {"priority": 5000}})  # gRPC clients refuse that name
     for stream in (later, sooner, *busy, *refusals):  # all, before anything is asserted: others use the model, too
         stream.finish()
-    assert [stream.error for stream in (later, sooner, *busy)] == [None] * 7
+    assert [stream.error for stream in (later, sooner, *busy)] == [None] * 5
     assert "priority=5000: Input should be less than or equal to 1000" in http.json()["error"]
     for stream in refusals:
         assert "queue_timeout=0.001: the request was ended after " in (stream.error or "")
