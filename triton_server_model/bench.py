@@ -8,6 +8,7 @@ import multiprocessing.synchronize
 import os
 import random
 import signal
+import statistics
 import tempfile
 import threading
 import time
@@ -29,6 +30,7 @@ _FIRST_CHARACTER = 0x10000
 _WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
 _SPAWN = multiprocessing.get_context("spawn")
 _OPEN_SECONDS = 120
+_CANCEL_PROMPT_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +118,13 @@ def measure(
     streams: Sequence[int],
     prompt_tokens: int,
     output_tokens: int,
+    repeat: int,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Point]:
     """Greedy requests of random prompts, through a tritonserver and then, it being gone, on an engine alone.
 
-    `config` and `vocab_size` are of `countable`. Each number of streams runs once to warm up and once timed, with other
-    prompts. Raises `ServerError` when a stream fails or brings another number of tokens than `output_tokens`.
+    `config` and `vocab_size` are of `countable`. Each number of streams runs once to warm up and `repeat` times timed,
+    always with other prompts; the run of median speed counts. Raises `ServerError` when a stream fails or brings another number of tokens than `output_tokens`.
     """
     from paged_backend.bench.throughput import OurEngine
 
@@ -132,32 +135,74 @@ def measure(
 
     http_port, grpc_port, metrics_port = free_ports(3)
     report("starting tritonserver")
-    served: list[list[Timing]] = []
+    seeds = [f"run {number}" for number in range(1 + repeat)]  # the first to warm up
+    served: list[list[list[Timing]]] = []
     with TritonServer(config, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port) as server:
         for count in streams:
             report(f"tritonserver: {count} at once")
-            served.append(_serve(server.address("grpc"), [workload(count, "warm-up"), workload(count, "timed")]))
+            served.append(_serve(server.address("grpc"), [workload(count, seed) for seed in seeds])[1:])
     report("server stopped; loading the engine alone")
     ours = OurEngine(config)
     points = []
     try:
-        for count, timings in zip(streams, served, strict=True):
+        for count, runs in zip(streams, served, strict=True):
             report(f"engine alone: {count} at once")
-            ours.run(workload(count, "warm-up"))
-            timed = workload(count, "timed")
-            start = time.monotonic()
-            ours.run(timed)
-            points.append(_point(timings, timed.output_tokens / (time.monotonic() - start)))
+            rates = []
+            for timed in [workload(count, seed) for seed in seeds]:
+                start = time.monotonic()
+                ours.run(timed)
+                rates.append(timed.output_tokens / (time.monotonic() - start))
+            points.append(_point(runs, statistics.median(rates[1:])))
     finally:
         ours.engine.close()
     return points
 
 
-def _point(timings: list[Timing], engine_rate: float) -> Point:
+def measure_cancel(config: EngineConfig, vocab_size: int, repeat: int) -> list[float]:
+    """Seconds from a client's cancelling until what its request held serves another one, `repeat` times.
+
+    The engine runs one request at a time. A second one waits behind the first, which is cancelled; until the second's
+    first token the engine has to notice, free, and compute that token: what this takes alone is subtracted.
+    `config` and `vocab_size` are of `countable`. Raises `ServerError`.
+    """
+    from transformers import AutoConfig
+
+    rng = random.Random(0)
+    text_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code).get_text_config()
+    most = text_config.max_position_embeddings - _CANCEL_PROMPT_TOKENS
+    http_port, grpc_port, metrics_port = free_ports(3)
+    config = config.model_copy(update={"max_num_seqs": 1})
+    with TritonServer(config, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port) as server:
+
+        def stream(output_tokens: int) -> _Stream:
+            prompt = _text([rng.randrange(vocab_size) for _ in range(_CANCEL_PROMPT_TOKENS)])
+            made = _Stream(server.address("grpc"), prompt, output_tokens)
+            made.send()
+            return made
+
+        def alone() -> float:
+            with contextlib.closing(stream(2)) as only:
+                return only.wait().timing().first - only.sent
+
+        alone()  # to warm up
+        baseline = statistics.median(alone() for _ in range(5))
+        taken = []
+        for _ in range(repeat):
+            running = stream(most)
+            running.wait_for_first()
+            with contextlib.closing(stream(2)) as waiting:
+                time.sleep(rng.uniform(0.2, 0.3))  # at any time between two looks
+                cancelled = time.monotonic()
+                running.close(cancel=True)
+                taken.append(waiting.wait().timing().first - cancelled - baseline)
+    return taken
+
+
+def _point(runs: list[list[Timing]], engine_rate: float) -> Point:
     import numpy as np
 
-    tokens = sum(timing.tokens for timing in timings)
-    seconds = max(timing.last for timing in timings) - min(timing.sent for timing in timings)
+    timings = sorted(runs, key=_seconds)[len(runs) // 2]
+    seconds, tokens = _seconds(timings), sum(timing.tokens for timing in timings)
     ttft_p50, ttft_p99 = np.percentile([timing.first - timing.sent for timing in timings], [50, 99])
     between = np.median([(timing.last - timing.first) / (timing.tokens - 1) for timing in timings])
     return Point(
@@ -172,16 +217,22 @@ def _point(timings: list[Timing], engine_rate: float) -> Point:
     )
 
 
-def _serve(address: str, workloads: Sequence[Workload]) -> list[Timing]:
-    """One workload after the other, the requests of each at once on connections of their own; timings of the last."""
+def _seconds(run: list[Timing]) -> float:
+    """From the first request to the last response."""
+    return max(timing.last for timing in run) - min(timing.sent for timing in run)
+
+
+def _serve(address: str, workloads: Sequence[Workload]) -> list[list[Timing]]:
+    """Timings of one workload after the other, the requests of each at once on connections of their own."""
     clients = min(_CLIENTS, len(workloads[0].requests))
     barrier = _SPAWN.Barrier(clients)
     with ProcessPoolExecutor(clients, _SPAWN, initializer=_share, initargs=(barrier,)) as processes:
+        served = []
         for workload in workloads:
             parts = [workload.requests[number::clients] for number in range(clients)]
             futures = [processes.submit(_client, address, part) for part in parts]
-            timings = [timing for future in futures for timing in future.result()]
-    return timings
+            served.append([timing for future in futures for timing in future.result()])
+    return served
 
 
 _barrier: multiprocessing.synchronize.Barrier
@@ -200,7 +251,7 @@ def _client(address: str, requests: list[tuple[list[int], int]]) -> list[Timing]
     for stream in streams:
         stream.send()
     for stream in streams:
-        stream.wait()
+        stream.wait().close()
     return [stream.timing() for stream in streams]
 
 
@@ -217,7 +268,7 @@ class _Stream:
         self._inputs[1].set_data_from_numpy(np.array([True]))
         self._responses: list[tuple[float, Any]] = []
         self._error: Any = None
-        self._ended = threading.Event()
+        self._begun, self._ended = threading.Event(), threading.Event()
         arguments = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
         self._client = InferenceServerClient(address, channel_args=arguments)
         self._client.is_server_live()  # connects
@@ -225,22 +276,32 @@ class _Stream:
 
     def send(self) -> None:
         parameters = {"max_tokens": self._output_tokens, "temperature": "0", "ignore_eos": True}
-        self._sent = time.monotonic()
+        self.sent = time.monotonic()
         self._client.async_stream_infer(MODEL_NAME, self._inputs, parameters=parameters)
 
     def _receive(self, result: Any, error: Any) -> None:
         if error is not None:
             self._error = error
+            self._begun.set()
             self._ended.set()
             return
         self._responses.append((time.monotonic(), result))  # read when all is over
+        self._begun.set()
         if result.get_response().parameters["triton_final_response"].bool_param:
             self._ended.set()
 
-    def wait(self) -> None:
-        """Wait for the end, and end the client: one left open would keep its process alive."""
+    def wait_for_first(self) -> None:
+        """Wait for the first response, or the end."""
+        self._begun.wait()
+
+    def wait(self) -> _Stream:
+        """Wait for the end."""
         self._ended.wait()
-        self._client.stop_stream()
+        return self
+
+    def close(self, *, cancel: bool = False) -> None:
+        """End the client: one left open would keep its process alive."""
+        self._client.stop_stream(cancel_requests=cancel)
         self._client.close()
 
     def timing(self) -> Timing:
@@ -251,4 +312,4 @@ class _Stream:
         tokens = sum(map(len, texts))
         if tokens != self._output_tokens:
             raise ServerError(f"a stream brought {tokens} of {self._output_tokens} tokens")
-        return Timing(self._sent, self._responses[0][0], self._responses[-1][0], len(texts), tokens)
+        return Timing(self.sent, self._responses[0][0], self._responses[-1][0], len(texts), tokens)

@@ -1,8 +1,9 @@
-"""`paged-backend bench serving`."""
+"""`paged-backend bench serving` and `bench cancel`."""
 
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from paged_backend.bench.result import check_writable
 from paged_backend.files import write_json
 
 if TYPE_CHECKING:
+    from paged_backend.config import EngineConfig
     from triton_server_model.bench import Point
 
 
@@ -25,6 +27,7 @@ def serving(
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
     output_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 128,
+    repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each; the median counts.")] = 3,
     model: Model = "smollm2-135m-instruct",
     dtype: DType = "bfloat16",
     device: Device = "auto",
@@ -34,7 +37,6 @@ def serving(
     """Compare tokens per second that reach clients of a real tritonserver with those of the engine alone."""
     check_writable("output", output)
     fields = settings_fields(setting or [], ("model", "dtype", "device"))
-    from paged_backend.bench import machine
     from paged_backend.config import EngineConfig
     from triton_server_model.bench import countable, measure
 
@@ -47,24 +49,57 @@ def serving(
             streams or (1, 16, 64, 256),
             prompt_tokens,
             output_tokens,
+            repeat,
             lambda line: console.print(line, style="dim", highlight=False),
         )
     if output is not None:
         document = {
-            "machine": dataclasses.asdict(machine.describe()),
-            "model": Path(model).name,
-            "settings": config.model_dump(exclude_defaults=True, exclude={"model"}),
+            **_setting(config, model),
             "prompt_tokens": prompt_tokens,
             "output_tokens": output_tokens,
+            "repeat": repeat,
             "points": [point.document() for point in points],
         }
         write_json(output, document)
     _show(f"{Path(model).name}, {dtype}: {prompt_tokens} + {output_tokens} tokens a stream", points)
 
 
+def cancel(
+    model: Model = "smollm2-135m-instruct",
+    dtype: DType = "bfloat16",
+    device: Device = "auto",
+    repeat: Annotated[int, typer.Option(min=1, help="Requests to cancel.")] = 20,
+    setting: Setting = None,
+    output: Output = None,
+) -> None:
+    """Measure how soon after a client of tritonserver cancels a request another one has its place and blocks."""
+    check_writable("output", output)
+    fields = settings_fields(setting or [], ("model", "dtype", "device"))
+    from paged_backend.config import EngineConfig
+    from triton_server_model.bench import countable, measure_cancel
+
+    config = EngineConfig(**{"model": model, "dtype": dtype, "device": device} | fields)
+    with countable(config) as (ours, vocab_size):
+        taken = sorted(round(1e3 * seconds, 2) for seconds in measure_cancel(ours, vocab_size, repeat))
+    if output is not None:
+        write_json(output, {**_setting(config, model), "milliseconds": taken})
+    typer.echo(f"from cancelled to freed: median {statistics.median(taken):.1f} ms, at most {taken[-1]:.1f} ms")
+
+
+def _setting(config: EngineConfig, model: str) -> dict[str, object]:
+    """What a result was measured with."""
+    from paged_backend.bench import machine
+
+    return {
+        "machine": dataclasses.asdict(machine.describe()),
+        "model": Path(model).name,
+        "settings": config.model_dump(exclude_defaults=True, exclude={"model"}),
+    }
+
+
 def _show(title: str, points: list[Point]) -> None:
     table = Table(title=title)
-    columns = ("streams", "Triton tok/s", "engine tok/s", "share", "TTFT p50 ms", "p99 ms", "ms/token")
+    columns = ("streams", "Triton tok/s", "engine tok/s", "share", "TTFT p50 ms", "p99 ms", "ms/token", "tokens/response")
     for name in columns:
         table.add_column(name, justify="right")
     for point in points:
@@ -76,5 +111,6 @@ def _show(title: str, points: list[Point]) -> None:
             f"{point.ttft_p50_ms:,.1f}",
             f"{point.ttft_p99_ms:,.1f}",
             f"{point.inter_token_p50_ms:,.2f}",
+            f"{point.tokens_per_response:.2f}",
         )
     Console().print(table)

@@ -1,4 +1,4 @@
-"""Adds `serve`, `install-backend`, `top` and `bench serving` to the `paged-backend` command line.
+"""Adds `serve`, `install-backend`, `top`, `bench serving` and `bench cancel` to the `paged-backend` command line.
 
 Imported at every start of it, so heavy imports are inside.
 """
@@ -26,14 +26,15 @@ if TYPE_CHECKING:
 
 @hookimpl
 def paged_cli_commands(app: typer.Typer) -> None:
-    """Add `paged-backend` commands `serve`, `install-backend`, `top` and `bench serving`."""
+    """Add `paged-backend` commands `serve`, `install-backend`, `top`, `bench serving` and `bench cancel`."""
     from paged_backend.bench import commands as bench
-    from triton_server_model.bench_commands import serving
+    from triton_server_model.bench_commands import cancel, serving
 
     app.command()(serve)
     app.command()(install_backend)
     app.command()(top)
     bench.app.command()(serving)
+    bench.app.command()(cancel)
 
 
 Port = typer.Option(min=1, max=65535)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,9 +36,23 @@ def test_streams_through_a_server(tiny_llama_dir: Path, tmp_path: Path) -> None:
         assert 0 < point["ttft_p50_ms"] <= point["ttft_p99_ms"] < 1e3 * point["seconds"]
 
 
+def test_cancel(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "cancel.json"
+    command = [str(Path(sys.executable).parent / "paged-backend"), "bench", "cancel", "--model", str(tiny_llama_dir)]
+    command += ["--dtype", "float32", "--device", "cpu", "--set", "num_blocks=256", "--output", str(output)]
+    done = subprocess.run([*command, "--repeat", "3"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(output.read_text())
+    assert len(told["milliseconds"]) == 3
+    assert 0 < max(told["milliseconds"]) < 2000, "a request that was not cancelled runs longer"
+    assert "median" in done.stdout
+
+
 def test_figures_of_a_point() -> None:
     timings = [Timing(sent=10.0, first=11.0, last=13.0, responses=3, tokens=5)] * 3
     timings.append(Timing(sent=10.5, first=13.5, last=15.0, responses=4, tokens=5))
-    point = _point(timings, engine_rate=8.0)
+    slower = [replace(timing, last=timing.last + 9) for timing in timings]
+    faster = [replace(timing, last=timing.last - 1) for timing in timings]
+    point = _point([slower, timings, faster], engine_rate=8.0)
     assert point == Point(4, 5.0, 4.0, 8.0, 1000.0, pytest.approx(2940.0), 500.0, 20 / 13)
     assert point.share == 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,14 +62,23 @@ class TritonClient:
         await self._client.close()
 
     async def models(self) -> list[str]:
-        """Names of the models that are ready."""
-        index = await self._client.get_model_repository_index()
-        return sorted({model.name for model in index.models if model.state == "READY"})
+        """Names of the models that are ready and take `messages`, as `tensorrt_llm_bls` does not."""
+        names = []
+        for name in await self._ready_models():
+            with contextlib.suppress(InferenceServerException):  # unloaded meanwhile
+                model = await self._client.get_model_metadata(name)
+                if any(tensor.name == "messages" for tensor in model.inputs):
+                    names.append(name)
+        return names
 
     async def ready(self) -> bool:
         """Whether all loaded models are, and there is one."""
-        models = await self.models()
+        models = await self._ready_models()
         return bool(models) and all([await self._client.is_model_ready(model) for model in models])
+
+    async def _ready_models(self) -> list[str]:
+        index = await self._client.get_model_repository_index()
+        return sorted({model.name for model in index.models if model.state == "READY"})
 
     async def generate(self, model: str, inputs: Inputs, request_id: str) -> AsyncGenerator[Response]:
         """The responses to one request, which is cancelled when this iterator is closed or its task is cancelled."""
