@@ -124,7 +124,8 @@ def measure(
     """Greedy requests of random prompts, through a tritonserver and then, it being gone, on an engine alone.
 
     `config` and `vocab_size` are of `countable`. Each number of streams runs once to warm up and `repeat` times timed,
-    always with other prompts; the run of median speed counts. Raises `ServerError` when a stream fails or brings another number of tokens than `output_tokens`.
+    always with other prompts; the run of median speed counts. Raises `ServerError` when a stream fails or brings
+    another number of tokens than `output_tokens`.
     """
     from paged_backend.bench.throughput import OurEngine
 

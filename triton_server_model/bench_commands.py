@@ -99,8 +99,8 @@ def _setting(config: EngineConfig, model: str) -> dict[str, object]:
 
 def _show(title: str, points: list[Point]) -> None:
     table = Table(title=title)
-    columns = ("streams", "Triton tok/s", "engine tok/s", "share", "TTFT p50 ms", "p99 ms", "ms/token", "tokens/response")
-    for name in columns:
+    times = ("TTFT p50 ms", "p99 ms", "ms/token", "tokens/response")
+    for name in ("streams", "Triton tok/s", "engine tok/s", "share", *times):
         table.add_column(name, justify="right")
     for point in points:
         table.add_row(
