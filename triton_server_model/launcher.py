@@ -192,9 +192,11 @@ class TritonServer:
             connection.close()
 
     def _log_tail(self) -> str:
-        """Why models failed to load, if any did, else the last lines."""
+        """Why models failed to load or engines died, if any did, else the last lines."""
         log = self._log.read_text(errors="replace").replace("\0", "")
-        causes = re.findall(r"failed to load '.*' version \d+: (.*?)(?:\\n\\nAt:.*)?\"$", log, re.MULTILINE)
+        causes = re.findall(
+            r"(?:failed to load '.*' version \d+|paged_backend\.engine_process): (.*?)(?:\\n.*)?\"$", log, re.MULTILINE
+        )
         lines = causes or log.splitlines()[-15:]
         return "\n  ".join([":", *lines]) if lines else ""
 
