@@ -35,6 +35,10 @@ _CLOSE_SECONDS = 15
 _EXIT_SECONDS = 5
 """Between the end of the pipe and that of the process."""
 _COLLECT_SECONDS = 5
+_LOAD = {
+    f"paged_backend_{name}" for name in ("requests_running", "requests_waiting", "kv_blocks_used", "kv_blocks_cached")
+}
+"""Gauges of what an engine has no more once it has ended."""
 
 
 class EngineProcess:
@@ -141,7 +145,7 @@ class EngineProcess:
         return outputs
 
     def collect(self) -> list[Metric]:
-        """The engine's Prometheus metric families: the latest it told, with all gauges zero once it serves no more."""
+        """The engine's Prometheus metric families: the latest it told, without load once it serves no more."""
         with self._collecting:
             self._collected.clear()
             if self.error is None:
@@ -207,7 +211,7 @@ class EngineProcess:
             logger.error("%s", error)
         outputs += [failed(request_id, error) for request_id in abandoned]
         for family in self._families:
-            if family.type == "gauge":
+            if family.name in _LOAD:
                 family.samples = [sample._replace(value=0.0) for sample in family.samples]
         self._collected.set()
         self._disconnect()

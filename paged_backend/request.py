@@ -128,7 +128,8 @@ class RequestOptions(CheckedModel):
     queue_timeout: float | None = Field(None, gt=0)
     """Seconds it may wait for its first slot; then it ends with `DeadlineExceeded`. None: `EngineConfig`'s."""
     timeout: float | None = Field(None, gt=0)
-    """Seconds it may take in all; then it ends with `DeadlineExceeded` and what it has. None: `EngineConfig`'s."""
+    """Seconds it may take in all; then it ends with `DeadlineExceeded` and what it has, which over Triton only streams
+    are sent. None: `EngineConfig`'s."""
 
 
 class Grammar(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -18,11 +19,13 @@ import psutil
 import pytest
 import tritonclient.grpc as triton
 import yaml
+from fastapi.testclient import TestClient
 from tritonclient.utils import InferenceServerException
 
 from paged_backend.config import EngineConfig
 from tests.server.client import Client, eventually
 from triton_server_model.launcher import MODEL_NAME, TritonServer, free_ports, packaged_repository
+from triton_server_model.openai.app import from_environment
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -40,7 +43,16 @@ def the(kind: str, folder: str = "kubernetes") -> dict[str, Any]:
 
 POD = the("Deployment")["spec"]["template"]
 CONTAINER = POD["spec"]["containers"][0]
+PATCHES = [
+    (doc["target"]["kind"], operation["path"], operation["value"])
+    for doc in yaml.safe_load((DEPLOY / "kubernetes" / "openai" / "kustomization.yaml").read_text())["patches"]
+    for operation in yaml.safe_load(doc["patch"])
+]
+"""Of the component for OpenAI's API: each adds to a list."""
+OPENAI = PATCHES[0][2]
 KSERVE = the("ServingRuntime", "kserve")["spec"]
+COPIES = re.findall(r"^COPY (.*) (\S+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+"""Into the image: what, and where."""
 ENGINE = json.loads((DEPLOY / "kubernetes" / "engine.json").read_text())
 
 
@@ -85,6 +97,19 @@ def test_manifests_belong_together() -> None:
         assert (DEPLOY / "kubernetes" / name).is_file()
 
 
+@pytest.mark.parametrize("version", ["1.29", kubernetes_validate.latest_version()])
+def test_openai_component(version: str) -> None:
+    for kind, path, value in PATCHES:
+        for doc in [doc for doc in manifests("kubernetes") if doc.get("kind") == kind]:
+            *keys, end = path.split("/")[1:]
+            assert end == "-"
+            functools.reduce(lambda node, key: node[int(key) if key.isdigit() else key], keys, doc).append(value)
+            kubernetes_validate.validate(doc, version, strict=True)
+    assert (OPENAI["image"], OPENAI["lifecycle"]) == (CONTAINER["image"], CONTAINER["lifecycle"])
+    assert OPENAI["securityContext"] == CONTAINER["securityContext"]
+    assert f"--timeout-graceful-shutdown={flag('exit-timeout-secs')}" in OPENAI["args"]
+
+
 def test_streams_end_before_the_server_and_the_server_before_the_pod() -> None:
     assert ENGINE["timeout"] < int(flag("exit-timeout-secs"))
     wait = int(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][1])
@@ -99,6 +124,8 @@ def test_kserve_runs_the_same_container() -> None:
     moved = {"--model-repository=/models": "--model-repository=/mnt/models"}
     assert kserve["args"][:-2] == [moved.get(argument, argument) for argument in CONTAINER["args"]]
     assert kserve["args"][-2:] == ["--http-port=8080", "--grpc-port=9000"]
+    # KServe sends requests to one port, which is that of HTTP.
+    assert (KSERVE["protocolVersions"], kserve["ports"]) == (["v2"], [{"containerPort": 8080, "protocol": "TCP"}])
     for name in ("livenessProbe", "readinessProbe", "startupProbe"):
         same = json.dumps(CONTAINER[name]).replace('"http"', "8080").replace("8000", "8080")
         assert kserve[name] == json.loads(same)
@@ -107,17 +134,14 @@ def test_kserve_runs_the_same_container() -> None:
 
 def test_image(tmp_path: Path) -> None:
     """What the Dockerfile copies is there, is enough to build the package, and holds the packaged models."""
-    source, copies = (
-        tmp_path / "src",
-        re.findall(r"^COPY (.*) (\S+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE),
-    )
+    source = tmp_path / "src"
     source.mkdir()
-    for names, target in copies:
+    for names, target in COPIES:
         for name in names.split():
             kind = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             if target.startswith("./"):
                 kind(ROOT / name, source / name)
-    assert ("model_repository", flag("model-repository")) in copies
+    assert ("model_repository", flag("model-repository")) in COPIES
     assert packaged_repository() == ROOT / "model_repository"
     (engine,) = [mount for mount in CONTAINER["volumeMounts"] if mount["name"] == "engine"]
     assert (ROOT / "model_repository" / Path(engine["mountPath"]).relative_to("/models")).is_file()
@@ -152,7 +176,10 @@ def probe(client: Client, name: str) -> bool:
     action = CONTAINER[name]
     if "httpGet" in action:
         return client.http.get(action["httpGet"]["path"]).is_success
-    command = [part.replace("localhost:8000", client.server.address("http")) for part in action["exec"]["command"]]
+    script, address = action["exec"]["command"]
+    assert (f"deploy/{script}", "/usr/local/bin/") in COPIES
+    assert address == "localhost:8000"
+    command = [DEPLOY / script, client.server.address("http")]
     return subprocess.run(command, timeout=action["timeoutSeconds"], check=False).returncode == 0
 
 
@@ -170,6 +197,26 @@ def test_models_are_loaded_by_those_with_the_key_alone(client: Client) -> None:
         with pytest.raises(InferenceServerException, match="restricted"):
             grpc.get_model_repository_index()
         assert grpc.get_model_repository_index(headers={"triton-grpc-protocol-admin-key": KEY}).models
+
+
+def test_openai_front_without_the_key(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may not see the server's index of models, and is told their names."""
+    environment = {variable["name"]: variable.get("value", KEY) for variable in OPENAI["env"]}
+    assert environment["PAGED_BACKEND_GRPC"] == "localhost:8001"
+    environment |= {"PAGED_BACKEND_GRPC": client.server.address("grpc")}
+    for name, value in (
+        environment | {"PAGED_BACKEND_MODELS": f"absent,{environment['PAGED_BACKEND_MODELS']}"}
+    ).items():
+        monkeypatch.setenv(name, value)
+    assert OPENAI["command"][1:] == ["--factory", f"{from_environment.__module__}:{from_environment.__name__}"]
+    with TestClient(from_environment(), headers={"Authorization": f"Bearer {KEY}"}) as front:
+        assert front.get("/health").is_success
+        assert [model["id"] for model in front.get("/v1/models").json()["data"]] == [MODEL_NAME]
+        body = {"prompt": "the fox", "max_tokens": 1}
+        assert front.post("/v1/completions", json=body | {"model": MODEL_NAME}).json()["choices"]
+        for name in ("absent", "unknown"):
+            answer = front.post("/v1/completions", json=body | {"model": name})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
 def test_probes(client: Client) -> None:

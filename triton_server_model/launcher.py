@@ -192,9 +192,10 @@ class TritonServer:
             connection.close()
 
     def _log_tail(self) -> str:
-        """Why models failed to load, if any did, else the last lines."""
+        """Why models failed to load or engines died, if any did, else the last lines."""
         log = self._log.read_text(errors="replace").replace("\0", "")
-        causes = re.findall(r"failed to load '.*' version \d+: (.*?)(?:\\n\\nAt:.*)?\"$", log, re.MULTILINE)
+        where = r"(?:failed to load '.*' version \d+|paged_backend\.engine_process)"
+        causes = re.findall(where + r": (.*?)(?:\\n\\nAt:.*)?\"$", log, re.MULTILINE)
         lines = causes or log.splitlines()[-15:]
         return "\n  ".join([":", *lines]) if lines else ""
 

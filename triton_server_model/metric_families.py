@@ -34,13 +34,13 @@ _USED, _TOTAL, _SIZE, _CACHED = (
     f"paged_backend_{name}" for name in ("kv_blocks_used", "kv_blocks_total", "kv_block_tokens", "cached_tokens")
 )
 _COMPUTED: tuple[tuple[str, dict[str, str], Callable[[Mapping[str, float]], float]], ...] = (
-    ("vllm:kv_cache_usage_perc", {}, lambda value: value[_USED] / value[_TOTAL]),
+    ("vllm:kv_cache_usage_perc", {}, lambda value: value[_USED] / (value[_TOTAL] or 1)),
     (_KV_BLOCKS, {"kv_cache_block_type": "max"}, lambda value: value[_TOTAL]),
     (_KV_BLOCKS, {"kv_cache_block_type": "free"}, lambda value: value[_TOTAL] - value[_USED]),
     (_KV_BLOCKS, {"kv_cache_block_type": "used"}, lambda value: value[_USED]),
-    (_KV_BLOCKS, {"kv_cache_block_type": "fraction"}, lambda value: value[_USED] / value[_TOTAL]),
+    (_KV_BLOCKS, {"kv_cache_block_type": "fraction"}, lambda value: value[_USED] / (value[_TOTAL] or 1)),
     (_KV_BLOCKS, {"kv_cache_block_type": "tokens_per"}, lambda value: value[_SIZE]),
-    (_KV_BLOCKS, {"kv_cache_block_type": "reused"}, lambda value: value[_CACHED] / value[_SIZE]),
+    (_KV_BLOCKS, {"kv_cache_block_type": "reused"}, lambda value: value[_CACHED] / (value[_SIZE] or 1)),
 )
 """Gauges: name, labels, and the value from those of the engine."""
 

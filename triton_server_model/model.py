@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,9 +106,13 @@ class TritonPythonModel:
         self._log.close()
 
     def _on_end(self) -> None:
-        """The engine has died: stop being ready, where the server lets a model do so."""
-        if not self._finalizing and unloads_models():
+        """The engine has died: unload the model, where the server lets it, or end the server, where that is wanted."""
+        if self._finalizing:
+            return
+        if unloads_models():
             pb_utils.unload_model(self._name)
+        elif os.environ.get("PAGED_BACKEND_END_WITH_ENGINE") == "1":
+            os.kill(os.getppid(), signal.SIGTERM)
 
 
 def _read_config(path: pathlib.Path) -> EngineConfig:

@@ -6,6 +6,7 @@ Imported at every start of it, so heavy imports are inside.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from contextlib import ExitStack
@@ -96,6 +97,7 @@ def serve(
         verbose=verbose,
         tensorrt_llm=tensorrt_llm,
     )
+    os.environ.setdefault("PAGED_BACKEND_END_WITH_ENGINE", "1")  # or the server would call a dead model ready
     front = None if openai is None else OpenAIServer(host, openai, server.address("grpc"), api_key)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for ending in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal too must not leave the server behind

@@ -20,6 +20,9 @@ from triton_server_model.protocol import Cancelled, Generation, error_code
 
 logger = logging.getLogger(__name__)
 
+_REASONS = ("stop", "length")
+"""Those that clients are told; an output that ends for another ends the request with an error."""
+
 
 @dataclass(slots=True)
 class _Sequence:
@@ -37,7 +40,8 @@ class _Sequence:
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs or ()
         self.cumulative_logprob = output.cumulative_logprob or self.cumulative_logprob
-        self.finish_reason = output.finish_reason or "None"
+        if output.finish_reason in _REASONS:
+            self.finish_reason = output.finish_reason
 
     def sent(self) -> None:
         """Forget what is to come once only."""
@@ -57,6 +61,7 @@ class Reply:
         self._trace: Callable[[Sequence[RequestOutput]], None] | None = None
         self._stream, self._asked, self._logprobs = False, tuple[str, ...](), False
         self._prompt_input, self._prompt_logprobs = "text_input", list[list[Logprob]]()
+        self._num_prompt_tokens = 0
         self._sequences: list[_Sequence] = []
 
     def begin(self, generation: Generation, trace: Callable[[Sequence[RequestOutput]], None] | None) -> None:
@@ -68,23 +73,24 @@ class Reply:
         self._sequences = [_Sequence(generation.prefix) for _ in range(generation.params.n)]
 
     def add(self, outputs: Sequence[RequestOutput]) -> None:
-        """Send what came since, in one response; without `stream`, only once all is there."""
+        """Send what came since, in one response; without `stream`, once all is there, and nothing before an error."""
         if self._trace is not None:
             self._trace(outputs)
         if not self.open:
             return
-        ended = False
+        ended, failure = False, None
         for output in outputs:
-            if output.finish_reason in ("abort", "error"):
-                self.fail(output.error or Cancelled("Request was cancelled"))
-                return
-            ended |= output.finish_reason is not None
             self._sequences[output.index].add(output)
             self._prompt_logprobs += output.prompt_logprobs or ()
-        if outputs[-1].finished:
-            self._send(self._tensors(outputs[-1]), final=True)
-        elif self._stream and (ended or any(map(self._has_news, self._sequences))):
-            self._send(self._tensors(outputs[-1]), final=False)
+            self._num_prompt_tokens = output.num_prompt_tokens or self._num_prompt_tokens
+            ended |= output.finish_reason in _REASONS
+            if output.finish_reason in ("abort", "error"):
+                failure = failure or output.error or Cancelled("Request was cancelled")
+        final = outputs[-1].finished and failure is None
+        if final or (self._stream and (ended or any(map(self._has_news, self._sequences)))):
+            self._send(self._tensors(), final=final)
+        if failure is not None:
+            self.fail(failure)
 
     def fail(self, error: Exception) -> None:
         """End the request with `error`."""
@@ -92,28 +98,26 @@ class Reply:
             named = re.sub(r"^prompt(?=$|\[)", self._prompt_input, error.field)
             error = InvalidArgument(named, error.value, error.allowed)
         message = str(error) if isinstance(error, Cancelled) else f"Error generating stream: {error}"
-        message = message.encode(errors="backslashreplace").decode()  # a JSON key may be half a surrogate pair
-        name = error_code(error)
-        self._errors.labels(name).inc()
-        if name == "INTERNAL":
+        code = error_code(error)
+        self._errors.labels(code).inc()
+        if code == "INTERNAL":
             logger.error("the request failed", exc_info=error, extra={"request_id": self.request_id})
-        code = getattr(pb_utils.TritonError, name, None)  # servers before 23.11 have no codes
-        triton_error = pb_utils.TritonError(message) if code is None else pb_utils.TritonError(message, code)
-        self._send([], final=True, error=triton_error)
+        self.open = False
+        send_error(self.responses, message, code)
 
     def _has_news(self, sequence: _Sequence) -> bool:
         """Whether it is worth a response. The tokens of text that is held back wait for it, unless asked for."""
         by_token = "output_token_ids" in self._asked or "logprobs" in self._asked
         return bool(sequence.text or (by_token and sequence.token_ids))
 
-    def _tensors(self, last: RequestOutput) -> list[Any]:
-        tensors = [pb_utils.Tensor(name, self._values(name, last)) for name in ("text_output", *self._asked)]
+    def _tensors(self) -> list[Any]:
+        tensors = [pb_utils.Tensor(name, self._values(name)) for name in ("text_output", *self._asked)]
         for sequence in self._sequences:
             sequence.sent()
         self._prompt_logprobs.clear()
         return tensors
 
-    def _values(self, name: str, last: RequestOutput) -> npt.NDArray[Any]:
+    def _values(self, name: str) -> npt.NDArray[Any]:
         """Of one output tensor; `protocol_table.OUTPUTS` says what each has."""
         sequences = self._sequences
         match name:
@@ -126,7 +130,7 @@ class Reply:
             case "logprobs":
                 return _strings(_json(sequence.logprobs) if self._logprobs else "null" for sequence in sequences)
             case "num_input_tokens":
-                return np.array([last.num_prompt_tokens], dtype=np.uint32)
+                return np.array([self._num_prompt_tokens], dtype=np.uint32)
             case "num_output_tokens":
                 return np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.uint32)
             case "output_token_ids":
@@ -135,10 +139,18 @@ class Reply:
                 return _strings([_json(self._prompt_logprobs) if self._prompt_logprobs else "null"])
         raise NotImplementedError(name)
 
-    def _send(self, tensors: list[Any], *, final: bool, error: Any = None) -> None:
+    def _send(self, tensors: list[Any], *, final: bool) -> None:
         self.open = not final
-        response = pb_utils.InferenceResponse(output_tensors=tensors, error=error)
+        response = pb_utils.InferenceResponse(output_tensors=tensors)
         self.responses.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
+
+
+def send_error(responses: Any, message: str, code: str) -> None:
+    """The final response of a request that failed; `code` is the name of one of Triton's."""
+    message = message.encode(errors="backslashreplace").decode()  # a JSON key may be half a surrogate pair
+    known = getattr(pb_utils.TritonError, code, None)  # servers before 23.11 have no codes
+    error = pb_utils.TritonError(message) if known is None else pb_utils.TritonError(message, known)
+    responses.send(pb_utils.InferenceResponse([], error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def _strings(texts: Iterable[str]) -> npt.NDArray[np.object_]:

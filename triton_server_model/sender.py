@@ -7,11 +7,11 @@ import itertools
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from paged_backend.engine_process import EngineProcess
+from paged_backend.errors import EngineDead
 from paged_backend.request import RequestOptions, RequestOutput, SamplingParams
 from triton_server_model.reply import Reply
 
@@ -40,8 +40,7 @@ class Sender:
         self._engine, self._on_end = engine, on_end
         self._names = itertools.count()
         self._replies: dict[str, Reply] = {}
-        self._watched: deque[str] = deque()
-        self._next_poll = 0.0
+        self._next_poll, self._polled = 0.0, 0
         self._thread = threading.Thread(target=self._run, name="paged-sender", daemon=True)
         self._thread.start()
 
@@ -52,9 +51,8 @@ class Sender:
         try:
             self._engine.submit(request_id, prompt, params, options)
         except BaseException:
-            del self._replies[request_id]
-            raise
-        self._watched.append(request_id)
+            if self._replies.pop(request_id, None) is not None:  # else the thread has failed it
+                raise
 
     def join(self) -> None:
         """Wait for the end of the thread, after that of the engine."""
@@ -62,21 +60,32 @@ class Sender:
 
     def _run(self) -> None:
         while self._engine.error is None:
-            pending: dict[str, list[RequestOutput]] = {}
-            for output in self._engine.receive(_POLL_SECONDS if self._watched else _IDLE_SECONDS):
-                pending.setdefault(output.request_id, []).append(output)
-            for request_id, outputs in pending.items():
-                self._answer(request_id, outputs)
-            if time.monotonic() >= self._next_poll:
-                for _ in range(min(_POLLS, len(self._watched))):
-                    self._poll(self._watched.popleft())
-                self._next_poll = time.monotonic() + _POLL_SECONDS
-            if pending:
-                time.sleep(_PAUSE_SECONDS)
+            try:
+                self._round()
+            except Exception as error:  # nobody knows which outputs are lost
+                logger.exception("requests cannot be answered; the engine is ended")
+                while self._replies:
+                    with contextlib.suppress(Exception):  # one that cannot be told does not keep it from others
+                        self._replies.popitem()[1].fail(EngineDead(f"the engine's outputs cannot be sent: {error}"))
+                self._engine.process.kill()
         self._on_end()
 
+    def _round(self) -> None:
+        pending: dict[str, list[RequestOutput]] = {}
+        for output in self._engine.receive(_POLL_SECONDS if self._replies else _IDLE_SECONDS):
+            pending.setdefault(output.request_id, []).append(output)
+        for request_id, outputs in pending.items():
+            self._answer(request_id, outputs)
+        if time.monotonic() >= self._next_poll:
+            self._poll()
+            self._next_poll = time.monotonic() + _POLL_SECONDS
+        if pending:
+            time.sleep(_PAUSE_SECONDS)
+
     def _answer(self, request_id: str, outputs: list[RequestOutput]) -> None:
-        reply, last = self._replies[request_id], outputs[-1]
+        reply, last = self._replies.get(request_id), outputs[-1]
+        if reply is None:
+            return  # it has been failed
         if last.finished:
             del self._replies[request_id]
         try:
@@ -90,16 +99,16 @@ class Sender:
             with contextlib.suppress(Exception):
                 reply.fail(error)
 
-    def _poll(self, request_id: str) -> None:
-        reply = self._replies.get(request_id)
-        if reply is None:
-            return
-        try:
-            cancelled = reply.responses.is_cancelled()
-        except Exception:
-            logger.exception("%s cannot be asked about; it is aborted", request_id)
-            cancelled = True
-        if cancelled:
-            self._engine.abort(request_id)  # its last output, "abort", ends the reply
-        else:
-            self._watched.append(request_id)
+    def _poll(self) -> None:
+        """Ask about the next requests, and after the last of them about the first again."""
+        waiting = [(request_id, reply) for request_id, reply in tuple(self._replies.items()) if reply.open]
+        begin = self._polled if self._polled < len(waiting) else 0
+        self._polled = begin + _POLLS
+        for request_id, reply in waiting[begin : self._polled]:
+            try:
+                cancelled = reply.responses.is_cancelled()
+            except Exception:
+                logger.exception("%s cannot be asked about; it is aborted", request_id)
+                cancelled = True
+            if cancelled:
+                self._engine.abort(request_id)  # its last output, "abort", ends the reply

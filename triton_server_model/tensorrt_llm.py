@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,6 +20,7 @@ from paged_backend.errors import EngineDead
 from triton_server_model.door import MOST_DOORS, address
 from triton_server_model.logs import TritonLog
 from triton_server_model.protocol import error_code
+from triton_server_model.reply import send_error
 from triton_server_model.server_process import end_with_server
 from triton_server_model.tensorrt_llm_protocol import INPUTS, OUTPUTS, Answer, Question, translate
 from triton_server_model.tracing import trace_context
@@ -66,7 +67,7 @@ class TritonPythonModel:
             except Exception as error:
                 if error_code(error) == "INTERNAL":
                     logger.exception("the request failed", extra={"request_id": request.request_id()})
-                _fail(responses, f"Error generating stream: {error}", error_code(error))
+                send_error(responses, f"Error generating stream: {error}", error_code(error))
 
     def finalize(self) -> None:
         """End all threads. Triton calls this after every request's final response."""
@@ -133,46 +134,50 @@ class _Line:
         self._thread.join()
 
     def _run(self) -> None:
-        with contextlib.suppress(EOFError, OSError):  # the model has gone
+        try:
             while True:
                 if self._connection.poll(_LOOK_SECONDS):
                     self._take()
                 if time.monotonic() >= self._next_look:
                     self._look()
                     self._next_look = time.monotonic() + _LOOK_SECONDS
+        except (EOFError, OSError):
+            pass  # the model has gone
+        except Exception:
+            logger.exception("a line to the model that does the work is cut")
         with self._sending:
             self.open = False
         for call in self.calls.values():
-            with contextlib.suppress(Exception):  # one that cannot be told does not keep it from others
-                _fail(call.responses, "the model that does the work has gone", "UNAVAILABLE")
+            call.fail("the model that does the work has gone", "UNAVAILABLE")
         self._connection.close()
         self._socket.close()
 
     def _take(self) -> None:
         """Answer with what has come."""
-        heard: dict[int, _Call] = {}
+        heard: dict[int, list[Mapping[str, Any]]] = {}
         try:
             for _ in range(_MESSAGES):
                 message = json.loads(self._connection.recv_bytes())
                 if "closing" in message:
                     self.open = False
-                elif (call := self.calls.get(message["id"])) is not None:
-                    call.add(message)
-                    heard[message["id"]] = call
+                elif message["id"] in self.calls:
+                    heard.setdefault(message["id"], []).append(message)
                 if not self._connection.poll():
                     break
         finally:  # the model may be gone by now
-            for name, call in heard.items():
-                self._answer(name, call)
+            for name, messages in heard.items():
+                self._answer(name, messages)
 
-    def _answer(self, name: int, call: _Call) -> None:
+    def _answer(self, name: int, messages: list[Mapping[str, Any]]) -> None:
+        call = self.calls[name]
         try:
-            call.send()
-        except Exception:  # ends this request alone
+            ended = call.send(messages)
+        except Exception as error:  # ends this request alone
             logger.exception("a request cannot be answered; it is cancelled")
             self._cancel(name)
-            call.ended = True
-        if call.ended:
+            call.fail(f"Error generating stream: {error}", error_code(error))
+            ended = True
+        if ended:
             del self.calls[name]
 
     def _look(self) -> None:
@@ -195,41 +200,37 @@ class _Call:
 
     def __init__(self, answer: Answer, responses: Any) -> None:
         """`responses` is Triton's response sender."""
-        self.responses, self.ended = responses, False
+        self._responses = responses
         self._answer, self._cancelled = answer, False
-        self._message: Mapping[str, Any] = {}
 
-    def add(self, message: Mapping[str, Any]) -> None:
-        """What has come for it."""
-        self._message = message
-        if "outputs" in message:
-            self._answer.add(message["outputs"])
-
-    def send(self) -> None:
-        """Send all that has come."""
-        self.ended = self._message["final"]
-        if "error" in self._message:
-            _fail(self.responses, self._message["error"], self._message["code"])
-            return
-        responses = self._answer.take(ended=self.ended)
+    def send(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        """Send what has come for it; whether that was the last."""
+        for message in messages:
+            if "outputs" in message:
+                self._answer.add(message["outputs"])
+        last = messages[-1]
+        complete = last["final"] and "error" not in last
+        responses = self._answer.take(ended=complete)
         for number, tensors in enumerate(responses, start=1):
             response = pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in tensors.items()])
-            last = self.ended and number == len(responses)
-            self.responses.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
+            final = complete and number == len(responses)
+            self._responses.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
+        if "error" in last:
+            send_error(self._responses, last["error"], last["code"])
+        return bool(last["final"])
+
+    def fail(self, message: str, code: str) -> None:
+        """End it with an error, if it can be told."""
+        with contextlib.suppress(Exception):
+            send_error(self._responses, message, code)
 
     def is_cancelled(self) -> bool:
         """Whether the client has cancelled it or gone; told once only."""
         if self._cancelled:
             return False
         try:
-            self._cancelled = self.responses.is_cancelled()
+            self._cancelled = self._responses.is_cancelled()
         except Exception:
             logger.exception("a request cannot be asked about; it is cancelled")
             self._cancelled = True
         return self._cancelled
-
-
-def _fail(responses: Any, message: str, code: str) -> None:
-    """End a request with an error; `code` is the name of one of Triton's."""
-    error = pb_utils.TritonError(message, getattr(pb_utils.TritonError, code))
-    responses.send(pb_utils.InferenceResponse([], error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

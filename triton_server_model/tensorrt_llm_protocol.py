@@ -135,7 +135,7 @@ class Answer:
             if "num_output_tokens" in outputs:
                 sequence.num_tokens += outputs["num_output_tokens"][index]
             if "logprobs" in outputs:
-                tokens = json.loads(outputs["logprobs"][index])
+                tokens = json.loads(outputs["logprobs"][index]) or ()  # null where the sampling has none
                 sequence.log_probs += [next(iter(token.values()))["logprob"] for token in tokens]  # its own is first
             if "cumulative_logprob" in outputs:
                 sequence.cum_log_prob = outputs["cumulative_logprob"][index]

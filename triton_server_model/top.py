@@ -31,8 +31,8 @@ class Totals:
 
     values: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """By name, without our prefix, summed over labels."""
-    buckets: dict[str, dict[float, float]] = field(default_factory=lambda: defaultdict(dict))
-    """Cumulative counts of histograms, by name and upper bound."""
+    buckets: dict[str, dict[float, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
+    """Cumulative counts of histograms, by name and upper bound, summed over labels."""
 
     def since(self, before: Totals) -> Totals:
         """What counters and buckets have grown by; all of it, if the model was loaded again meanwhile."""
@@ -73,9 +73,8 @@ def parse(page: str) -> Models:
             totals = models[sample.labels.get("model", ""), sample.labels.get("version", "")]
             name = sample.name.removeprefix(_PREFIX)
             if "le" in sample.labels:  # the parser puts `_total` behind every name of a counter
-                totals.buckets[name.removesuffix("_total").removesuffix("_bucket")][float(sample.labels["le"])] = (
-                    sample.value
-                )
+                buckets = totals.buckets[name.removesuffix("_total").removesuffix("_bucket")]
+                buckets[float(sample.labels["le"])] += sample.value
             else:
                 totals.values[name] += sample.value
     return dict(models)

@@ -22,8 +22,9 @@ SHORT = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
 def client(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """Of a server of these tests' own, which the last of them kills; its model `pair` has two instances."""
     root = tmp_path_factory.getbasetemp() / f"{repository.name}-crash"  # weights are named relative to engine.json
-    for name in (MODEL_NAME, "pair"):
+    for name in (MODEL_NAME, "pair", "faulty"):
         shutil.copytree(repository / MODEL_NAME, root / name)
+    (root / "faulty" / "1" / "model.py").write_text(FAULTY)
     config = root / "pair" / "config.pbtxt"
     config.write_text(re.sub("count: 1", "count: 2", config.read_text()))
     http_port, grpc_port, metrics_port = free_ports(3)
@@ -86,6 +87,34 @@ def test_engine_killed(client: Client) -> None:
 
     client.http.post(f"/v2/repository/models/{MODEL_NAME}/load").raise_for_status()
     assert client.stream("the fox", sampling=SHORT).finish()
+
+
+FAULTY = """
+from triton_server_model.model import TritonPythonModel
+from triton_server_model.sender import Sender
+
+answer = Sender._answer
+
+def faulty(self, request_id, outputs):
+    if self._replies[request_id].request_id == "fault":
+        raise RuntimeError("unforeseen")
+    answer(self, request_id, outputs)
+
+Sender._answer = faulty
+"""
+
+
+def test_a_fault_of_the_sender(client: Client) -> None:
+    """All requests end with it, as when the engine dies."""
+    client.http.post("/v2/repository/models/faulty/load").raise_for_status()
+    streams = _load(client, 12, "faulty")
+    streams.append(client.stream("the fox", sampling=SHORT, model="faulty", request_id="fault"))
+    for stream in streams:
+        stream.finish()
+    assert {stream.error for stream in streams} == {
+        "Error generating stream: the engine's outputs cannot be sent: unforeseen"
+    }
+    eventually(lambda: _state(client, "faulty") == "UNAVAILABLE")
 
 
 def test_two_instances(client: Client) -> None:

@@ -15,8 +15,10 @@ import httpx
 import psutil
 import pytest
 
-from tests.server.client import Client, eventually
-from triton_server_model.launcher import MODEL_NAME, TENSORRT_LLM_NAME, free_ports
+from paged_backend.config import EngineConfig
+from tests.server.client import Client, Stream, eventually
+from tests.server.test_metrics import await_samples, samples
+from triton_server_model.launcher import MODEL_NAME, TENSORRT_LLM_NAME, ServerError, TritonServer, free_ports
 from triton_server_model.server_process import visible_devices
 
 SHORT = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
@@ -147,25 +149,60 @@ def test_serve_until_sigterm(tiny_llama_dir: Path, tmp_path: Path) -> None:
     assert cli.end() == (0, "stopped\n")
 
 
-def test_serve_tells_that_engine_and_server_died(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """A server that does not unload models when asked goes on calling the model ready (24.10): then its requests are
-    refused at once, with the cause.
-    """
+@pytest.mark.parametrize(
+    ("process", "error"),
+    [
+        ("tritonserver", "error: tritonserver ended with code -9"),
+        (PYTHON, "error: tritonserver ended with code 0: the engine process was killed by SIGKILL, as the kernel"),
+    ],
+)
+def test_serve_tells_that_engine_or_server_died(tiny_llama_dir: Path, tmp_path: Path, process: str, error: str) -> None:
     cli = Cli(tmp_path, "--model", str(tiny_llama_dir), "--dtype", "float32", "--device", "cpu", "--kv-cache", "1MiB")
-    http = f"http://127.0.0.1:{cli.ports[0]}"
     eventually(lambda: cli.ready(), seconds=60)
-    os.kill(cli.children()[PYTHON], signal.SIGKILL)
-    for _ in range(3):
-        answer = httpx.post(f"{http}/v2/models/{MODEL_NAME}/generate", json={"text_input": "the fox"}, trust_env=False)
-        assert answer.status_code == 400
-        assert "the engine process was killed by SIGKILL" in answer.json()["error"]
-    assert cli.ready()
-
-    os.kill(cli.children()["tritonserver"], signal.SIGKILL)
+    os.kill(cli.children()[process], signal.SIGKILL)
     code, output = cli.end()
     assert code == 2
-    assert "error: tritonserver ended with code -9" in output
+    assert error in output
     assert "Traceback" not in output
+
+
+def test_engine_and_server_die_in_the_mode_none(tiny_llama_dir: Path) -> None:
+    """A server that does not unload models when asked goes on calling the model ready (24.10): then its requests are
+    refused at once, with the cause, and the metrics are those of an engine without load.
+    """
+    config = EngineConfig(model=str(tiny_llama_dir), dtype="float32", device="cpu", num_blocks=64)
+    http_port, grpc_port, metrics_port = free_ports(3)
+    with TritonServer(config, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port) as server:
+        client = Client(server)
+        (stub,) = psutil.Process(server.process.pid).children()
+        (engine,) = stub.children()
+        used = {"paged_backend_kv_blocks_used", "vllm:kv_cache_usage_perc", "paged_backend_requests_running"}
+
+        def under_load() -> bool:
+            streams.append(client.stream("the fox", sampling={"max_tokens": 500, "ignore_eos": True}))
+            shown = samples(client)
+            return all(shown[name] for name in used)
+
+        streams: list[Stream] = []
+        eventually(under_load)
+        engine.kill()
+        for stream in streams:
+            stream.finish()
+        for _ in range(3):
+            answer = client.generate({"text_input": "the fox"})
+            assert answer.status_code == 400
+            assert "the engine process was killed by SIGKILL" in answer.json()["error"]
+        assert client.http.get("/v2/health/ready").is_success
+        total = {
+            "paged_backend_kv_blocks_total": 64,
+            'nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="max"}': 64,
+        }
+        await_samples(client, dict.fromkeys(used, 0) | total)
+
+        server.process.kill()
+        server.process.wait()
+        with pytest.raises(ServerError, match="tritonserver ended with code -9"):
+            server.check()
 
 
 def test_serve_stops_while_starting(tiny_llama_dir: Path, tmp_path: Path) -> None:

@@ -218,6 +218,12 @@ def test_response_format(api: openai.OpenAI) -> None:
         model=MODEL_NAME, prompt="the", extra_body={"structured_outputs": {"choice": ["fox", "dog"]}}
     ).choices
     assert choice.text in ("fox", "dog")
+    for form in (PICK, json.dumps(PICK)):
+        extra = {"extra_body": {"structured_outputs": {"json": form}}, "max_tokens": 60}
+        (choice,) = api.completions.create(model=MODEL_NAME, prompt="the", temperature=0, **extra).choices
+        assert json.loads(choice.text)["pick"] in ("fox", "dog")
+        (choice,) = api.chat.completions.create(**asked, **extra).choices
+        assert json.loads(choice.message.content)["pick"] in ("fox", "dog")
 
 
 @pytest.mark.parametrize("stream", [False, True])

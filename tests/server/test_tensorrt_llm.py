@@ -12,13 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.server.client import CONTEXT, ENGINE, Client, Stream, eventually
+from tests.server.requests import requests
 from triton_server_model.launcher import MODEL_NAME, packaged_repository
 from triton_server_model.launcher import TENSORRT_LLM_NAME as NAME
+from triton_server_model.tensorrt_llm_protocol import INPUTS
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
 """Of paged_llm. It is what TensorRT-LLM does unless asked for something else."""
+TENSORS = {each["name"]: [each["data_type"].removeprefix("TYPE_"), str(each["dims"])] for each in INPUTS}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,18 +34,28 @@ def _model(client: Client, repository: Path) -> Iterator[None]:
     client.unload(NAME)
 
 
-def ask(client: Client, text: str | bytes = "the fox", *, max_tokens: int | None = 8, **inputs: Any) -> Stream:
+def ask(
+    client: Client,
+    text: str | bytes = "the fox",
+    *,
+    max_tokens: int | None = 8,
+    parameters: dict[str, Any] | None = None,
+    model: str = NAME,
+    **inputs: Any,
+) -> Stream:
     """Start a request with each input as a tensor of shape [1, n]."""
     values = {"text_input": text, "max_tokens": max_tokens, **inputs}
     tensors = [_tensor(name, value) for name, value in values.items() if value is not None]
-    return Stream(client.server.address("grpc"), tensors, {"ignore_eos": True}, model=NAME)
+    return Stream(client.server.address("grpc"), tensors, {"ignore_eos": True} | (parameters or {}), model=model)
+
+
+DTYPES = {"BOOL": np.bool_, "BYTES": np.object_, "FP32": np.float32, "INT32": np.int32, "UINT64": np.uint64}
 
 
 def _tensor(name: str, value: Any, rows: int = 1) -> Any:
     values = [one.encode() if isinstance(one, str) else one for one in (value if isinstance(value, list) else [value])]
-    kinds = {bool: ("BOOL", np.bool_), bytes: ("BYTES", np.object_), float: ("FP32", np.float32)}
-    kind, dtype = kinds.get(type(values[0]), ("UINT64", np.uint64) if "seed" in name else ("INT32", np.int32))
-    array = np.array([values] * rows, dtype=dtype)
+    kind = TENSORS[name][0].replace("STRING", "BYTES")
+    array = np.array([values] * rows, dtype=DTYPES[kind])
     tensor = triton.InferInput(name, array.shape, kind)
     tensor.set_data_from_numpy(array)
     return tensor
@@ -129,6 +144,17 @@ def test_outputs_asked_for(client: Client) -> None:
     assert streamed == pytest.approx(expected)
     assert sum(part["num_output_tokens"][0][0] for part in stream.responses) == 8
     assert stream.responses[-1]["cum_log_probs"] == whole["cum_log_probs"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_parameters_of_paged_llm_change_what_it_answers(client: Client, *, stream: bool) -> None:
+    """Its log-probabilities are "null" where the sampling has none."""
+    odd = ask(client, stream=stream, parameters={"return_logprobs": True, "return_finish_reason": True, "stream": 0})
+    text = odd.finish()
+    assert odd.error is None
+    assert text == ("" if stream else "the fox") + answer(client)["text_output"][0]
+    body = {"text_input": "a", "max_tokens": 4, "return_logprobs": True, "stream": stream}
+    assert client.http.post(f"/v2/models/{NAME}/generate{'_stream' if stream else ''}", json=body).is_success
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -236,6 +262,75 @@ def test_unload_and_reload_of_the_model_that_works(client: Client) -> None:
     assert f"model '{MODEL_NAME}', which does the work, is not loaded" in refused.error
     client.http.post(f"/v2/repository/models/{MODEL_NAME}/load").raise_for_status()
     assert ask(client).finish()
+
+
+def test_a_stream_gets_its_text_before_the_error(client: Client) -> None:
+    (text,) = answer(client, max_tokens=100)["text_output"]
+    for timeout in (50, 100, 200, 400, 800, 1600):
+        parameters = {"stop": text + "never", "timeout_ms": timeout}
+        cut = ask(client, max_tokens=500, stream=True, parameters=parameters)
+        if received := cut.finish():
+            break
+    assert text.startswith(received)
+    assert received
+    assert cut.error is not None
+    assert f"timeout={timeout / 1000:g}: the request was ended after" in cut.error
+
+
+def test_any_request_is_answered(client: Client) -> None:
+    @settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(requests(TENSORS), min_size=10, max_size=10))
+    def send(batch: list[tuple[dict[str, list[Any]], dict[str, Any]]]) -> None:
+        streams = [
+            ask(client, inputs.pop("text_input"), parameters=parameters, **inputs) for inputs, parameters in batch
+        ]
+        for stream in streams:
+            stream.finish()
+            assert stream.error is None or stream.error.startswith("Error generating stream: ")
+
+    send()
+    assert ask(client).finish()
+    for gauge in ("kv_blocks_used", "requests_running"):
+        client.await_metric(gauge, 0)
+
+
+FAULTY = """
+from triton_server_model import tensorrt_llm
+from triton_server_model.tensorrt_llm import TritonPythonModel
+
+take, look = tensorrt_llm.Answer.take, tensorrt_llm._Line._look
+
+def faulty_take(self, *, ended):
+    if self._question.prompt == "cannot be sent":
+        raise RuntimeError("unforeseen")
+    return take(self, ended=ended)
+
+def faulty_look(self):
+    if any(call._answer._question.prompt == "cuts the line" for call in self.calls.values()):
+        raise RuntimeError("unforeseen")
+    look(self)
+
+tensorrt_llm.Answer.take, tensorrt_llm._Line._look = faulty_take, faulty_look
+"""
+
+
+def test_a_fault_leaves_no_request_unanswered(client: Client, repository: Path) -> None:
+    shutil.copytree(packaged_repository() / NAME, repository / "faulty")
+    (repository / "faulty" / "1" / "model.py").write_text(FAULTY)
+    client.http.post("/v2/repository/models/faulty/load").raise_for_status()
+    long = ask(client, max_tokens=400, stream=True, model="faulty")
+    long.wait_for(lambda: long.chunks)
+    alone = ask(client, "cannot be sent", max_tokens=400, stream=True, model="faulty")
+    alone.finish()
+    assert alone.error == "Error generating stream: unforeseen"
+    assert ask(client, model="faulty").finish()
+    cut = ask(client, "cuts the line", max_tokens=400, model="faulty")
+    cut.finish()
+    assert cut.error == "the model that does the work has gone"
+    long.finish()
+    assert ask(client, model="faulty").finish()
+    client.await_metric("requests_running", 0)
+    client.unload("faulty")
 
 
 def test_model_that_is_not_there(client: Client, repository: Path) -> None:

@@ -145,6 +145,14 @@ def test_quantiles_are_of_what_was_observed_since() -> None:
     assert second.since(first).values["x_count"] == 2
 
 
+def test_instances_of_a_model_are_summed() -> None:
+    registry = CollectorRegistry()
+    histogram = Histogram("paged_backend_x", "help", ["instance"], buckets=(1, 2), registry=registry)
+    for instance, value in (("a", 0.5), ("b", 1.5), ("b", 9)):
+        histogram.labels(instance).observe(value)
+    assert scraped(registry).buckets["x"] == {1: 1, 2: 2, float("inf"): 3}
+
+
 def test_a_model_that_was_loaded_again_counts_from_zero() -> None:
     before = parse(
         "# TYPE paged_backend_steps_total counter\npaged_backend_steps_total{model='m'} 9\n".replace("'", '"')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -27,20 +27,22 @@ def from_environment() -> FastAPI:
     """The application for a tritonserver that runs already, and for more processes than one:
 
     `PAGED_BACKEND_GRPC=host:8001 uvicorn --factory triton_server_model.openai.app:from_environment --workers 4`.
-    `PAGED_BACKEND_API_KEY` is the API key.
+    `PAGED_BACKEND_API_KEY` is the API key, `PAGED_BACKEND_MODELS` names the models, with commas between, to a front end
+    that may not see the server's index of them (`--grpc-restricted-protocol=model-repository`).
     """
-    return create_app(os.environ["PAGED_BACKEND_GRPC"], os.environ.get("PAGED_BACKEND_API_KEY"))
+    models = os.environ.get("PAGED_BACKEND_MODELS", "").replace(",", " ").split()
+    return create_app(os.environ["PAGED_BACKEND_GRPC"], os.environ.get("PAGED_BACKEND_API_KEY"), models)
 
 
-def create_app(address: str, api_key: str | None = None) -> FastAPI:
-    """OpenAI's API for the models of the tritonserver whose gRPC is at `address`, `host:port`.
+def create_app(address: str, api_key: str | None = None, models: Collection[str] = ()) -> FastAPI:
+    """OpenAI's API for the tritonserver whose gRPC is at `address`, `host:port`: for its `models`, or else all of them.
 
     With an `api_key`, all but `/health` needs it as bearer token.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.server = TritonClient(address)
+        app.state.server = TritonClient(address, models)
         app.state.started = int(time.time())
         yield
         await app.state.server.close()

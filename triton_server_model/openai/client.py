@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,9 @@ class Response:
 class TritonClient:
     """Requests to one tritonserver, from one event loop. All methods raise `InferenceServerException`."""
 
-    def __init__(self, address: str) -> None:
-        """`address` is `host:port` of the server's gRPC."""
+    def __init__(self, address: str, models: Collection[str] = ()) -> None:
+        """`address` is `host:port` of the server's gRPC. Without `models`, they are those in the server's index."""
+        self._models = models
         sizes = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
         self._client = InferenceServerClient(address, channel_args=[*sizes, ("grpc.enable_http_proxy", 0)])
 
@@ -77,6 +78,8 @@ class TritonClient:
         return bool(models) and all([await self._client.is_model_ready(model) for model in models])
 
     async def _ready_models(self) -> list[str]:
+        if self._models:
+            return [model for model in self._models if await self._client.is_model_ready(model)]
         index = await self._client.get_model_repository_index()
         return sorted({model.name for model in index.models if model.state == "READY"})
 

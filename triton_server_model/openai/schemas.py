@@ -52,7 +52,7 @@ class GenerationRequest(SamplingParams):
 
     def sampling_parameters(self) -> dict[str, Any]:
         """The fields of `SamplingParams` that were given."""
-        return self.model_dump(include=set(SamplingParams.model_fields), exclude_unset=True)
+        return self.model_dump(include=set(SamplingParams.model_fields), exclude_unset=True, by_alias=True)
 
     def inputs(self) -> dict[str, str | bool]:
         """The model's input tensors, but for the prompt."""
