@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING
 import psutil
 
 from paged_backend.engine_messages import Abort, Collect, Families, Loaded, Packer, Submit, portable
-from paged_backend.errors import EngineDead, PagedBackendError
+from paged_backend.errors import EngineDead, Overloaded, PagedBackendError
 from paged_backend.outputs import failed
-from paged_backend.request import SamplingParams
+from paged_backend.request import RequestOutput, SamplingParams
 from paged_backend.structured_outputs import StructuredOutputs
 
 if TYPE_CHECKING:
     from paged_backend.config import EngineConfig
     from paged_backend.engine import Engine
-    from paged_backend.request import Request, RequestOutput
+    from paged_backend.request import Request
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +58,11 @@ class Worker:
         self._submitted: list[Request] = []
         self._aborted: list[str] = []
         self._closing = False
-        self._compiling: set[str] = set()
-        """Ids of the requests in `_guided`."""
-        self._guided: queue.SimpleQueue[Submit | Abort] = queue.SimpleQueue()
+        self._arriving: dict[str, Submit] = {}
+        """Those that are being taken in, or wait for that."""
         self._state = threading.Condition()  # guards these four
+        self._guided: queue.SimpleQueue[str] = queue.SimpleQueue()
+        """Ids of those with grammars; some may have been aborted."""
         self._outbox: queue.SimpleQueue[
             list[RequestOutput] | Families | Loaded | logging.LogRecord | Exception | None
         ] = queue.SimpleQueue()
@@ -137,44 +138,58 @@ class Worker:
 
     def _obey(self, command: Submit | Abort | Collect) -> None:
         match command:
-            case Submit(params=SamplingParams(structured_outputs=StructuredOutputs())):
-                with self._state:
-                    self._compiling.add(command.request_id)
-                self._guided.put(command)
             case Submit():
-                self._accept(command)
+                self._admit(command)
             case Abort(request_ids):
                 with self._state:
-                    later = [request_id for request_id in request_ids if request_id in self._compiling]
-                    self._aborted += set(request_ids).difference(later)
+                    for request_id in request_ids:
+                        if self._arriving.pop(request_id, None) is None:
+                            self._aborted.append(request_id)
+                        else:  # the engine does not know it yet
+                            self._outbox.put([RequestOutput(request_id, "", [], 0, 0, "abort", finished=True)])
                     self._state.notify()
-                if later:
-                    self._guided.put(Abort(later))
             case Collect():
                 self._collect()
 
+    def _admit(self, command: Submit) -> None:
+        """Take a request in, or have it taken in later, if there is room: that it must have before it costs time."""
+        try:
+            with self._state:
+                self._engine.check_room(len(self._submitted) + len(self._arriving))
+                self._arriving[command.request_id] = command
+        except Overloaded as error:
+            self._outbox.put([failed(command.request_id, error)])
+            return
+        match command.params:
+            case SamplingParams(structured_outputs=StructuredOutputs()):
+                self._guided.put(command.request_id)
+            case _:
+                self._take_in(command)
+
     def _compile(self) -> None:
         while True:
-            match self._guided.get():
-                case Submit() as command:
-                    self._accept(command)
-                    with self._state:
-                        self._compiling.discard(command.request_id)
-                case Abort(request_ids):
-                    with self._state:
-                        self._aborted += request_ids
-                        self._state.notify()
-
-    def _accept(self, command: Submit) -> None:
-        try:
-            request_id, prompt, params, options = command
-            request = self._engine.make_request(prompt, params, options, request_id)
+            request_id = self._guided.get()
             with self._state:
-                self._engine.check_room(len(self._submitted))
-                self._submitted.append(request)
-                self._state.notify()
+                command = self._arriving.get(request_id)
+            if command is not None:
+                self._take_in(command)
+
+    def _take_in(self, command: Submit) -> None:
+        request_id, prompt, params, options = command
+        made: Request | Exception
+        try:
+            made = self._engine.make_request(prompt, params, options, request_id)
         except Exception as error:  # a plugin's filter may raise anything
-            self._outbox.put([failed(command.request_id, error)])
+            made = error
+        with self._state:
+            if self._arriving.get(request_id) is not command:
+                return  # aborted meanwhile
+            del self._arriving[request_id]
+            if isinstance(made, Exception):
+                self._outbox.put([failed(request_id, made)])
+            else:
+                self._submitted.append(made)
+                self._state.notify()
 
     def _collect(self) -> None:
         self._outbox.put(Families(list(self._engine.metrics.registry.collect())))

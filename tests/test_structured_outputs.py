@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from paged_backend import Engine, EngineConfig, InvalidArgument, RequestOutput, SamplingParams
+from paged_backend import Engine, EngineConfig, InvalidArgument, Overloaded, RequestOutput, SamplingParams
 from paged_backend.engine_messages import Abort, Submit
 from paged_backend.engine_worker import Worker
 from paged_backend.plugins import hookimpl
@@ -246,36 +246,91 @@ def test_backends_by_name(make: MakeEngine) -> None:
         make(grammar_backend="outlines")
 
 
-def test_a_process_takes_in_others_while_it_compiles(make: MakeEngine) -> None:
+class Slow(VowelBackend):
+    """Compiles when it may."""
+
     compiling, go_on = threading.Event(), threading.Event()
+    compiled: list[str] = []  # noqa: RUF012
 
-    class Slow(VowelBackend):
-        def compile(self, kind: Kind, text: str) -> Vowels:
-            compiling.set()
-            assert go_on.wait(60)
-            return super().compile(kind, text)
+    def compile(self, kind: Kind, text: str) -> Vowels:
+        self.compiled.append(text)
+        self.compiling.set()
+        assert self.go_on.wait(60)
+        return super().compile(kind, text)
 
-        @staticmethod
-        @hookimpl
-        def paged_grammar_backend(name: str) -> type[Slow]:
-            return Slow
+    @staticmethod
+    @hookimpl
+    def paged_grammar_backend(name: str) -> type[Slow]:
+        return Slow
 
+
+@pytest.fixture
+def worker(make: MakeEngine) -> Iterator[Worker]:
+    """Whose engine nobody steps, and whose compiler compiles the request "slow" already."""
+    Slow.compiling.clear()
+    Slow.go_on.clear()
+    Slow.compiled.clear()
     theirs, ours = multiprocessing.Pipe()
     worker = Worker(theirs)
-    worker._engine = make((Slow,))
+    worker._engine = make((Slow,), max_waiting=3)
     threading.Thread(target=worker._compile, daemon=True).start()
-    worker._obey(Submit("slow", "a", guided(grammar="never"), None))
-    assert compiling.wait(60)
-    worker._obey(Submit("quick", "a", None, None))
-    worker._obey(Abort(["slow", "quick"]))
-    assert [request.request_id for request in worker._submitted] == ["quick"]
-    assert worker._aborted == ["quick"]  # the other one is not there yet
-    go_on.set()
-    with worker._state:
-        assert worker._state.wait_for(lambda: len(worker._aborted) == 2, timeout=60)
-    assert [request.request_id for request in worker._submitted] == ["quick", "slow"]
+    worker._obey(Submit("slow", "a", guided(grammar="slow"), None))
+    assert Slow.compiling.wait(60)
+    yield worker
+    Slow.go_on.set()
     ours.close()
     theirs.close()
+
+
+def said(worker: Worker) -> list[RequestOutput]:
+    outputs: list[RequestOutput] = []
+    while not worker._outbox.empty():
+        outputs += worker._outbox.get()  # type: ignore[arg-type]
+    return outputs
+
+
+def test_a_process_takes_in_others_while_it_compiles(worker: Worker) -> None:
+    worker._obey(Submit("quick", "a", None, None))
+    worker._obey(Abort(["quick"]))
+    assert [request.request_id for request in worker._submitted] == ["quick"]
+    assert worker._aborted == ["quick"]
+    Slow.go_on.set()
+    with worker._state:
+        assert worker._state.wait_for(lambda: len(worker._submitted) == 2, timeout=60)
+    assert [request.request_id for request in worker._submitted] == ["quick", "slow"]
+    assert said(worker) == []
+
+
+def test_what_waits_for_the_compiler_waits(worker: Worker) -> None:
+    """And one more is refused before anything is done for it."""
+    worker._obey(Submit("quick", "a", None, None))
+    worker._obey(Submit("next", "a", guided(grammar="next"), None))
+    worker._obey(Submit("guided", "a", guided(grammar="guided"), None))
+    worker._obey(Submit("free", [-1], None, None))
+    assert [(output.request_id, type(output.error)) for output in said(worker)] == [
+        ("guided", Overloaded),
+        ("free", Overloaded),
+    ]
+    Slow.go_on.set()
+    with worker._state:
+        assert worker._state.wait_for(lambda: len(worker._submitted) == 3, timeout=60)
+    assert Slow.compiled == ["slow", "next"]
+
+
+def test_what_is_aborted_is_not_compiled(worker: Worker) -> None:
+    worker._obey(Submit("next", "a", guided(grammar="next"), None))
+    worker._obey(Abort(["slow", "next", "unknown"]))
+    assert [(output.request_id, output.finish_reason, output.finished) for output in said(worker)] == [
+        ("slow", "abort", True),
+        ("next", "abort", True),
+    ]
+    worker._obey(Submit("slow", "a", guided(grammar="again"), None))
+    Slow.go_on.set()
+    with worker._state:
+        assert worker._state.wait_for(lambda: bool(worker._submitted), timeout=60)
+    assert Slow.compiled == ["slow", "again"]
+    assert [request.request_id for request in worker._submitted] == ["slow"]
+    assert said(worker) == []
 
 
 def whole(engine: Engine, texts: list[str], params: list[SamplingParams]) -> list[RequestOutput]:
