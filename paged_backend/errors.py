@@ -12,12 +12,22 @@ class PagedBackendError(Exception):
     """Base of every error raised on purpose by this package."""
 
 
+class Excerpt(str):
+    """The beginning of a `repr`, and its own one."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 class InvalidArgument(PagedBackendError, ValueError):
-    """A field has a value outside its allowed range; the message says all three."""
+    """A field has a value outside its allowed range; the message says all three. Of a long one, it keeps an `Excerpt`."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         shown = repr(value)
-        shown = shown if len(shown) <= 200 else f"{shown[:200]}... ({len(shown)} characters)"
+        if len(shown) > 200 and not isinstance(value, Excerpt):
+            value = shown = Excerpt(f"{shown[:200]}... ({len(shown)} characters)")
         super().__init__(f"{field}={shown}: {allowed}")
         self.field, self.value, self.allowed = field, value, allowed
 

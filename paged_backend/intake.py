@@ -51,6 +51,9 @@ class Intake:
         self._vocab_size, self.eos, self._max_model_len = vocab_size, eos, max_model_len
         self._grammars = Grammars(grammar_backend, tokenizer, vocab_size, eos)
         self._names = itertools.count()
+        longest = 0 if tokenizer is None else max(map(len, tokenizer.get_vocab()))
+        self._longest_text = max_model_len * longest
+        """Characters. Only a tokenizer that drops some could make fewer than `max_model_len` tokens of more."""
 
     def make(
         self,
@@ -64,7 +67,7 @@ class Intake:
         for field, value, kind in (("params", params, SamplingParams), ("options", options, RequestOptions)):
             if not isinstance(value, kind):
                 raise InvalidArgument(field, value, f"must be a {kind.__name__}")
-        token_ids = self._tokenise(prompt)
+        token_ids = self._tokenise(prompt, cut=params.truncate_prompt_tokens is not None)
         if params.truncate_prompt_tokens is not None:
             most = params.truncate_prompt_tokens
             token_ids = token_ids[-(self._max_model_len - 1 if most == -1 else most) :]
@@ -141,11 +144,19 @@ class Intake:
         ids = self.tokenizer(texts, add_special_tokens=False).input_ids
         return tuple({tuple(tokens) for tokens in ids if tokens})
 
-    def _tokenise(self, prompt: Prompt) -> list[int]:
+    def _tokenise(self, prompt: Prompt, *, cut: bool) -> list[int]:
+        """All tokens, or if `cut`, at least the last `max_model_len`."""
         if isinstance(prompt, str | Chat):
             if self.tokenizer is None:
                 raise InvalidArgument("prompt", prompt, "this engine has no tokenizer; send token ids")
             text = prompt if isinstance(prompt, str) else chat_text(self.tokenizer, prompt)
+            if cut:
+                text = text[-self._longest_text :]
+            if len(text) > self._longest_text:  # which would take long to tokenise
+                most = self._max_model_len - 1
+                raise InvalidArgument(
+                    "prompt", text, f"has {len(text)} characters, more than {most} tokens; at most {most} are allowed"
+                )
             try:
                 text.encode()
             except UnicodeEncodeError as error:

@@ -194,7 +194,7 @@ def test_an_abort_waits_for_nothing(engine: EngineProcess) -> None:
         assert big.is_alive()
     finally:
         os.kill(engine.process.pid, signal.SIGCONT)
-    assert "has 1048576 tokens" in str(listener.last("big").error)
+    assert "has 1048576 characters, more than 511 tokens; at most 511 are allowed" in str(listener.last("big").error)
     assert listener.last("running").finish_reason in ("abort", "length")
 
 
