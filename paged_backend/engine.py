@@ -174,9 +174,14 @@ class Engine:
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
         request_id: str | None = None,
+        arrival_time: float | None = None,
     ) -> Request:
-        """Tokenise and validate; nothing is accepted yet. May be called from any thread. Raises `InvalidArgument`."""
-        request = self.intake.make(prompt, params, options, request_id)
+        """Tokenise and validate; nothing is accepted yet. May be called from any thread.
+
+        `arrival_time`, in `time.monotonic()` seconds, is when it came; None: now. Raises `InvalidArgument`, and
+        `DeadlineExceeded` if its time is over already.
+        """
+        request = self.intake.make(prompt, params, options, request_id, arrival_time)
         if request.steered:
             self._check_beams(request)
         return request
@@ -283,16 +288,17 @@ class Engine:
             _, index, request = heapq.heappop(self._deadlines)
             if request.ended:
                 continue
+            since = now - request.arrival_time
             if request.deadline <= now:
-                field, since = "timeout", now - request.arrival_time
+                field = "timeout"
             elif request.scheduled_time is None:
-                field, since = "queue_timeout", now - request.arrival_time
+                field = "queue_timeout"
             else:
                 if request.deadline < float("inf"):
                     heapq.heappush(self._deadlines, (request.deadline, index, request))
                 continue
             limit = (request.deadline if field == "timeout" else request.queue_deadline) - request.arrival_time
-            error = DeadlineExceeded(f"{field}={limit:g}: the request was ended after {since:.3f} seconds")
+            error = DeadlineExceeded.of(field, limit, since)
             text = self._live[request.request_id].sequences[request]
             held_back = "" if text is None else text.add([], last=True)[0]
             outputs.append(self._end(request, "error", error, text=held_back))

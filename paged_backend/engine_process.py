@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -101,11 +102,11 @@ class EngineProcess:
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
     ) -> None:
-        """Hand over a request; what is wrong with it, or that there are too many, its last output tells.
+        """Hand over a request, which arrives now; what is wrong with it or with its time, its last output tells.
 
         Raises `EngineDead`, and `InvalidArgument` for an id in use, with nothing handed over.
         """
-        command = _pickled(Submit(request_id, prompt, params, options))
+        command = _pickled(Submit(request_id, prompt, params, options, time.monotonic()))
         with self._state:
             if self.error is not None:
                 raise EngineDead(str(self.error))

@@ -175,10 +175,10 @@ class Worker:
                 self._take_in(command)
 
     def _take_in(self, command: Submit) -> None:
-        request_id, prompt, params, options = command
+        request_id, prompt, params, options, arrival_time = command
         made: Request | Exception
         try:
-            made = self._engine.make_request(prompt, params, options, request_id)
+            made = self._engine.make_request(prompt, params, options, request_id, arrival_time)
         except Exception as error:  # a plugin's filter may raise anything
             made = error
         with self._state:

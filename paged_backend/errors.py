@@ -22,7 +22,7 @@ class Excerpt(str):
 
 
 class InvalidArgument(PagedBackendError, ValueError):
-    """A field has a value outside its allowed range; the message says all three. Of a long one, it keeps an `Excerpt`."""
+    """A field has a value outside its allowed range; the message says all three. An `Excerpt` is kept of a long one."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         shown = repr(value)
@@ -45,6 +45,11 @@ class Overloaded(PagedBackendError):
 
 class DeadlineExceeded(PagedBackendError):
     """The request waited, or took, longer than its `queue_timeout` or `timeout`."""
+
+    @classmethod
+    def of(cls, field: str, limit: float, since: float) -> Self:
+        """Of a request whose `field` allows `limit` seconds, and which arrived `since` seconds ago."""
+        return cls(f"{field}={limit:g}: the request was ended after {since:.3f} seconds")
 
 
 class EngineDead(PagedBackendError):

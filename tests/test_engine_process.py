@@ -22,11 +22,13 @@ from hypothesis import strategies as st
 from prometheus_client import Metric
 
 from paged_backend import (
+    DeadlineExceeded,
     Engine,
     EngineConfig,
     EngineDead,
     InvalidArgument,
     Overloaded,
+    RequestOptions,
     RequestOutput,
     SamplingParams,
 )
@@ -196,6 +198,23 @@ def test_an_abort_waits_for_nothing(engine: EngineProcess) -> None:
         os.kill(engine.process.pid, signal.SIGCONT)
     assert "has 1048576 characters, more than 511 tokens; at most 511 are allowed" in str(listener.last("big").error)
     assert listener.last("running").finish_reason in ("abort", "length")
+
+
+def test_the_time_before_the_engine_knows_of_it_counts(engine: EngineProcess) -> None:
+    listener = Listener(engine)
+    os.kill(engine.process.pid, signal.SIGSTOP)
+    try:
+        engine.submit("late", "hello", options=RequestOptions(timeout=0.1))
+        engine.submit("fine", "hello", SamplingParams(max_tokens=1))
+        told = time.monotonic()
+        time.sleep(0.2)
+    finally:
+        os.kill(engine.process.pid, signal.SIGCONT)
+    error = listener.last("late").error
+    assert isinstance(error, DeadlineExceeded)
+    assert str(error).startswith("timeout=0.1: the request was ended after 0.")
+    fine = listener.last("fine")
+    assert fine.arrival_time < told < told + 0.2 < (fine.scheduled_time or 0)
 
 
 def test_a_fatal_error_is_told_to_all(troubled: EngineProcess) -> None:

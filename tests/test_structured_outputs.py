@@ -7,6 +7,7 @@ import multiprocessing
 import random
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,16 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from paged_backend import Engine, EngineConfig, InvalidArgument, Overloaded, RequestOutput, SamplingParams
+from paged_backend import (
+    DeadlineExceeded,
+    Engine,
+    EngineConfig,
+    InvalidArgument,
+    Overloaded,
+    RequestOptions,
+    RequestOutput,
+    SamplingParams,
+)
 from paged_backend.engine_messages import Abort, Submit
 from paged_backend.engine_worker import Worker
 from paged_backend.plugins import hookimpl
@@ -264,6 +274,12 @@ class Slow(VowelBackend):
         return Slow
 
 
+def submit(name: str, prompt: str | list[int] = "a", grammar: str | None = None, **options: Any) -> Submit:
+    """Of a request that came a second ago."""
+    params = SamplingParams() if grammar is None else guided(grammar=grammar)
+    return Submit(name, prompt, params, RequestOptions(**options), time.monotonic() - 1)
+
+
 @pytest.fixture
 def worker(make: MakeEngine) -> Iterator[Worker]:
     """Whose engine nobody steps, and whose compiler compiles the request "slow" already."""
@@ -274,7 +290,7 @@ def worker(make: MakeEngine) -> Iterator[Worker]:
     worker = Worker(theirs)
     worker._engine = make((Slow,), max_waiting=3)
     threading.Thread(target=worker._compile, daemon=True).start()
-    worker._obey(Submit("slow", "a", guided(grammar="slow"), None))
+    worker._obey(submit("slow", grammar="slow"))
     assert Slow.compiling.wait(60)
     yield worker
     Slow.go_on.set()
@@ -290,7 +306,7 @@ def said(worker: Worker) -> list[RequestOutput]:
 
 
 def test_a_process_takes_in_others_while_it_compiles(worker: Worker) -> None:
-    worker._obey(Submit("quick", "a", None, None))
+    worker._obey(submit("quick"))
     worker._obey(Abort(["quick"]))
     assert [request.request_id for request in worker._submitted] == ["quick"]
     assert worker._aborted == ["quick"]
@@ -303,10 +319,10 @@ def test_a_process_takes_in_others_while_it_compiles(worker: Worker) -> None:
 
 def test_what_waits_for_the_compiler_waits(worker: Worker) -> None:
     """And one more is refused before anything is done for it."""
-    worker._obey(Submit("quick", "a", None, None))
-    worker._obey(Submit("next", "a", guided(grammar="next"), None))
-    worker._obey(Submit("guided", "a", guided(grammar="guided"), None))
-    worker._obey(Submit("free", [-1], None, None))
+    worker._obey(submit("quick"))
+    worker._obey(submit("next", grammar="next"))
+    worker._obey(submit("guided", grammar="guided"))
+    worker._obey(submit("free", [-1]))
     assert [(output.request_id, type(output.error)) for output in said(worker)] == [
         ("guided", Overloaded),
         ("free", Overloaded),
@@ -318,19 +334,31 @@ def test_what_waits_for_the_compiler_waits(worker: Worker) -> None:
 
 
 def test_what_is_aborted_is_not_compiled(worker: Worker) -> None:
-    worker._obey(Submit("next", "a", guided(grammar="next"), None))
+    worker._obey(submit("next", grammar="next"))
     worker._obey(Abort(["slow", "next", "unknown"]))
     assert [(output.request_id, output.finish_reason, output.finished) for output in said(worker)] == [
         ("slow", "abort", True),
         ("next", "abort", True),
     ]
-    worker._obey(Submit("slow", "a", guided(grammar="again"), None))
+    worker._obey(submit("slow", grammar="again"))
     Slow.go_on.set()
     with worker._state:
         assert worker._state.wait_for(lambda: bool(worker._submitted), timeout=60)
     assert Slow.compiled == ["slow", "again"]
     assert [request.request_id for request in worker._submitted] == ["slow"]
     assert said(worker) == []
+
+
+def test_what_is_too_late_is_not_compiled(worker: Worker) -> None:
+    worker._obey(submit("late", grammar="late", queue_timeout=0.5))
+    worker._obey(submit("next", grammar="next", timeout=60))
+    Slow.go_on.set()
+    with worker._state:
+        assert worker._state.wait_for(lambda: len(worker._submitted) == 2, timeout=60)
+    (late,) = said(worker)
+    assert isinstance(late.error, DeadlineExceeded)
+    assert str(late.error).startswith("queue_timeout=0.5: the request was ended after 1.")
+    assert Slow.compiled == ["slow", "next"]
 
 
 def whole(engine: Engine, texts: list[str], params: list[SamplingParams]) -> list[RequestOutput]:
