@@ -21,6 +21,7 @@ _PREFIXES = tuple(name.removesuffix("*") for name in _NAMES if name.endswith("*"
 _PROMPTS = ("text_input", "prompt_token_ids", "messages")
 _ID_LISTS = ("stop_token_ids", "allowed_token_ids")
 _OBJECTS = ("logit_bias", "structured_outputs")
+_COUNTS = ("logprobs", "prompt_logprobs")
 _NOT_SCALAR = ("stop", "bad_words", *_ID_LISTS, *_OBJECTS)
 _GUIDES = {"json_schema": "json", "regex": "regex", "ebnf_grammar": "grammar"}
 
@@ -176,6 +177,8 @@ def _of(model: type[CheckedModel], fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _coerced(field: str, value: Any) -> Any:
     """Lists and objects from the scalars that request parameters can be; pydantic does the rest."""
+    if field in _COUNTS and str(value).lower() == "false":  # of Triton's OpenAI front end; it means none, not 0
+        return None
     if field in _OBJECTS and isinstance(value, str):
         return _json(dict, field, value)
     if field in _ID_LISTS and type(value) in (str, int):

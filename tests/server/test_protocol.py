@@ -81,6 +81,15 @@ def test_tensors_go_before_json_and_json_before_parameters() -> None:
         ({"logit_bias": ""}, "logit_bias", {}),
         ({"structured_outputs": '{"regex": "a+"}'}, "structured_outputs", StructuredOutputs(regex="a+")),
         ({"structured_outputs": ""}, "structured_outputs", None),
+        (
+            {"guided_decoding": '{"choice": ["a"], "json": null}'},
+            "structured_outputs",
+            StructuredOutputs(choice=("a",)),
+        ),
+        ({"logprobs": False}, "logprobs", None),
+        ({"logprobs": "false"}, "logprobs", None),
+        ({"logprobs": 0}, "logprobs", 0),
+        ({"prompt_logprobs": False}, "prompt_logprobs", None),
         ({"min_length": "3"}, "min_tokens", 3),
         ({"random_seed": "3"}, "seed", 3),
         ({"num_return_sequences": 3}, "n", 3),
@@ -163,6 +172,33 @@ def test_guides_become_structured_outputs(sent: dict[str, str], guide: dict[str,
         assert ask(**sent).structured_outputs == StructuredOutputs(**guide)
     with pytest.raises(InvalidArgument, match=r"guided_decoding_guide_type='.*': not together with structured_outputs"):
         params(structured_outputs='{"regex": "a"}', **sent)
+
+
+VLLM: dict[str, Any] = {
+    **dict.fromkeys(["json", "regex", "choice", "grammar", "json_object", "whitespace_pattern", "structural_tag"]),
+    **dict.fromkeys(["disable_fallback", "disable_any_whitespace", "disable_additional_properties"], False),
+}
+"""`dataclasses.asdict` of what Triton's OpenAI front end makes: vLLM's parameters, and what its older ones have too."""
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("structured_outputs", {"_backend": None, "_backend_was_auto": False}),
+        ("guided_decoding", {"backend": None, "backend_was_auto": False}),
+    ],
+)
+def test_structured_outputs_with_all_of_vllms_fields(name: str, more: dict[str, Any]) -> None:
+    schema = {"type": "object"}
+    wanted = StructuredOutputs(json=schema)
+    for ask in (params, as_json):
+        assert ask(**{name: json.dumps(VLLM | more | {"json": schema})}).structured_outputs == wanted
+    assert as_json(**{name: VLLM | more | {"json": schema}}).structured_outputs == wanted
+    for refused, value in [("structural_tag", "{}"), ("disable_any_whitespace", True), (min(more), "xgrammar")]:
+        with pytest.raises(InvalidArgument, match=f"^structured_outputs.{refused}={value!r}: not supported"):
+            params(**{name: json.dumps(VLLM | more | {"json": schema, refused: value})})
+    with pytest.raises(InvalidArgument, match=r"^structured_outputs=\[\]: must have exactly one of"):
+        params(**{name: json.dumps(VLLM | more)})
 
 
 def test_unknown_parameters_are_told_apart() -> None:
