@@ -253,9 +253,9 @@ object `sampling_parameters`, a request parameter (over HTTP `generate`: any oth
 `parameters`). Two names for one thing in one place are refused.
 
 Numbers and booleans may be strings (`"0.1"`, `"false"`). As request parameters, which are scalars, lists of token ids
-and objects are JSON in a string, and a list of one string is that string; an empty string asks for nothing. In
-`sampling_parameters` an unknown key is refused; as a request parameter it is ignored, logged once, and counted in
-`paged_backend_unknown_parameters_total{name}`, since Triton, proxies and clients put keys of their own there.
+and objects are JSON in a string, and a list of one string is that string; an empty string asks for nothing, and so does
+null in `sampling_parameters`. Unknown names are ignored, logged once, and counted in
+`paged_backend_unknown_parameters_total{name}`: Triton, proxies and clients send keys of their own.
 
 A request has exactly one prompt: `text_input`, `prompt_token_ids` or `messages`. Only `text_input` can be prepended to
 the answer.

@@ -130,5 +130,6 @@ def test_unknown_parameters_are_counted(client: Client) -> None:
     before = client.metric("unknown_parameters_total", name="tempreature") or 0
     for _ in range(3):
         client.ask(PROMPT, parameters={"tempreature": 1, "max_tokens": 1})
+        client.ask(PROMPT, sampling={"tempreature": 1, "max_tokens": 1})
     client.settle()
-    assert client.metric("unknown_parameters_total", name="tempreature") == before + 3
+    assert client.metric("unknown_parameters_total", name="tempreature") == before + 6

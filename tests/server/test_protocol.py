@@ -204,6 +204,18 @@ def test_structured_outputs_with_all_of_vllms_fields(name: str, more: dict[str, 
 def test_unknown_parameters_are_told_apart() -> None:
     sent = {"tempreature": 1, "id": "7", "triton_x": 1, "accumulate_tokens": True, "text_input": "no", "n": 1}
     assert parse_request(HI, sent).unknown == ("tempreature", "text_input")
+    inputs = HI | {"sampling_parameters": [json.dumps(sent | {"self": 1, "queue_timeout": 3}).encode()]}
+    generation = parse_request(inputs, {"x": 1, "tempreature": 2})
+    assert generation.unknown == ("x", "tempreature", "text_input", "self", "queue_timeout")
+    assert (generation.prompt, generation.options) == ("hi", RequestOptions())
+
+
+def test_nulls_are_not_given() -> None:
+    for name in NAMES:
+        if name.parameter:
+            assert as_json(**{name.name: None}) == SamplingParams()
+    assert params({"sampling_parameters": [b'{"max_tokens": null, "max_new_tokens": 4}']}, max_tokens=5).max_tokens == 4
+    assert params({"sampling_parameters": [b'{"max_tokens": null}']}, max_tokens=5).max_tokens == 5
 
 
 def test_unknown_parameters_are_counted_in_bounds(caplog: pytest.LogCaptureFixture) -> None:
@@ -235,7 +247,7 @@ def test_any_request_is_read_or_refused(request_: tuple[dict[str, list[Any]], di
     with contextlib.suppress(ValueError):
         generation = parse_request(inputs, parameters, timeout)
         assert isinstance(generation.params, SamplingParams)
-        assert set(generation.unknown) <= parameters.keys()
+        assert not set(generation.unknown) & {name.name for name in NAMES if name.parameter}
 
 
 @given(text=st.binary(), sampling=st.binary(), parameters=st.dictionaries(st.text(), st.booleans() | st.text()))
