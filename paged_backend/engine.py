@@ -23,6 +23,7 @@ from paged_backend.outputs import Whole, as_logprobs, output_of
 from paged_backend.plugins.manager import PluginManager
 from paged_backend.request import FinishReason, Request, RequestOptions, RequestOutput, SamplingParams
 from paged_backend.runner.cache import make_cache
+from paged_backend.runner.edits import any_allowed
 from paged_backend.runner.loader import LoadedModel, context_length, eos_token_ids
 from paged_backend.runner.logprobs import Sampled
 from paged_backend.runner.runner import Got, Launched
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NO_TOKEN = "the model's logits for this request are not finite, or no token is allowed next"
+_NOT_FINITE = "the model's logits for this request are not finite"
+_MASKS = ("structured_outputs", "allowed_token_ids", "bad_words", "min_tokens")
 
 
 @dataclass(slots=True)
@@ -512,7 +514,12 @@ class Engine:
         if grammar is not None and grammar.is_over:  # and `min_tokens` or the like has forbidden the stop tokens
             return self._end(request, "stop", text="" if text is None else text.add([], last=True)[0])
         error = None if grammar is None else grammar.error
-        return self._end(request, "error", error or FloatingPointError(_NO_TOKEN))
+        if isinstance(error, ValueError):  # of a grammar that is too much for its backend
+            error = InvalidArgument("structured_outputs", request.params.structured_outputs, str(error))
+        if error is None and not any_allowed(request, self.vocab_size):
+            masks = {name: value for name in _MASKS if (value := getattr(request.params, name))}
+            error = InvalidArgument(*next(iter(masks.items())), f"no token is allowed next, with {', '.join(masks)}")
+        return self._end(request, "error", error or FloatingPointError(_NOT_FINITE))
 
     def _advance_beams(self, live: _Live) -> list[RequestOutput]:
         """Continue the likeliest beams of a search, or end it with its best outputs."""

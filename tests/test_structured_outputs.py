@@ -183,8 +183,14 @@ def test_with_masks_of_other_kinds(make: MakeEngine) -> None:
     (both,) = engine.generate(["a"], guided(regex="[abc]{9}", allowed_token_ids=[a, c], logit_bias={c: 100}))
     assert both.text == "c" * 9
     (neither,) = engine.generate(["a"], guided(regex="[bc]{9}", allowed_token_ids=[a]))
-    assert neither.finish_reason == "error"
-    assert "no token is allowed next" in str(neither.error)
+    assert isinstance(neither.error, InvalidArgument)
+    assert str(neither.error).endswith("no token is allowed next, with structured_outputs, allowed_token_ids")
+    fields = {"allowed_token_ids": [a, 2], "bad_words": ["a"], "min_tokens": 2}
+    (neither,) = engine.generate(["a"], SamplingParams(**fields))
+    assert isinstance(neither.error, InvalidArgument)
+    assert str(neither.error) == (
+        f"allowed_token_ids=({a}, 2): no token is allowed next, with allowed_token_ids, bad_words, min_tokens"
+    )
     (some,) = engine.generate(["a"], guided(regex="[abc]{20}", bad_words=["b", "ac"]))
     assert re.fullmatch("c*a*", some.text)
     assert len(some.text) == 20
@@ -198,7 +204,7 @@ def test_a_bad_schema_is_refused_before_it_takes_anything(make: MakeEngine) -> N
 
 
 class Vowels:
-    """Any vowels; fails in its fourth mask, or at its fourth token."""
+    """Any vowels; fails in its fourth mask, maybe as it is too much, or at its fourth token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str, so_far: int = 0) -> None:
         self.tokenizer, self.where, self.so_far = tokenizer, where, so_far
@@ -209,6 +215,8 @@ class Vowels:
             row[token // 32] |= np.int32(1 << token % 32)
         if self.where == "fill" and self.so_far == 3:
             raise ZeroDivisionError("in fill")
+        if self.where == "limit" and self.so_far == 3:
+            raise ValueError("too many states")
 
     def accept(self, token: int) -> None:
         self.so_far += 1
@@ -239,8 +247,8 @@ def test_a_backend_that_fails_hurts_its_request_alone(make: MakeEngine) -> None:
     free = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     (alone,) = engine.generate(["free"], free)
     outputs = engine.generate(
-        ["free", "a", "b", "c"],
-        [free, *(guided(8, grammar=where) for where in ("fill", "accept", "never"))],
+        ["free", "a", "b", "c", "d"],
+        [free, *(guided(8, grammar=where) for where in ("fill", "accept", "never", "limit"))],
     )
     assert outputs[0].token_ids == alone.token_ids
     for output, where, count in ((outputs[1], "fill", 3), (outputs[2], "accept", 4)):
@@ -249,6 +257,8 @@ def test_a_backend_that_fails_hurts_its_request_alone(make: MakeEngine) -> None:
         assert output.num_output_tokens == count
     assert (outputs[3].finish_reason, outputs[3].num_output_tokens) == ("length", 8)
     assert set(outputs[1].text + outputs[3].text) <= set("aeiou")
+    assert isinstance(outputs[4].error, InvalidArgument)  # the request's own fault
+    assert (outputs[4].error.field, outputs[4].error.allowed) == ("structured_outputs", "too many states")
 
 
 def test_backends_by_name(make: MakeEngine) -> None:

@@ -30,6 +30,10 @@ class Cancelled(Exception):
     """The client cancelled the request or went away."""
 
 
+class Refused(ValueError):
+    """Bad input, in the words of vLLM's backend."""
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
     """What one request asks for."""
@@ -52,8 +56,8 @@ class Generation:
 def parse_request(inputs: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any], timeout: int = 0) -> Generation:
     """Read one request: the elements of its tensors by name (STRING as bytes), and its request `parameters`.
 
-    `timeout` is Triton's own, in microseconds; 0 is none. Raises ValueError, nearly always an `InvalidArgument`, for
-    any bad input. `protocol_table` has all names.
+    `timeout` is Triton's own, in microseconds; 0 is none. Raises `InvalidArgument` or `Refused` for bad input.
+    `protocol_table` has all names.
     """
     tensors = {name: _value(_NAMES[name], elements) for name, elements in inputs.items()}
     tensors = {name: value for name, value in tensors.items() if value not in ("", [])}
@@ -91,7 +95,7 @@ def error_code(error: Exception) -> str:
         # Triton has no code for a deadline: its own queue says UNAVAILABLE of a request whose time is over.
         case Overloaded() | EngineDead() | DeadlineExceeded():
             return "UNAVAILABLE"
-        case ValueError():
+        case InvalidArgument() | Refused():  # no other ValueError: that is a fault of ours
             return "INVALID_ARG"
     return "INTERNAL"
 
@@ -132,7 +136,7 @@ def _prompt(tensors: dict[str, Any]) -> tuple[Prompt, str]:
 
 def _prefix(wire: WireOptions, prompt: Prompt) -> str:
     if wire.stream and wire.exclude_input_in_output is False:
-        raise ValueError("When streaming, `exclude_input_in_output` = False is not allowed.")
+        raise Refused("When streaming, `exclude_input_in_output` = False is not allowed.")
     if isinstance(prompt, str):
         excluded = wire.stream if wire.exclude_input_in_output is None else wire.exclude_input_in_output
         return "" if excluded else prompt

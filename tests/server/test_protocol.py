@@ -18,7 +18,7 @@ from paged_backend.request import RequestOptions, SamplingParams
 from paged_backend.structured_outputs import StructuredOutputs
 from paged_backend.text.chat import Chat
 from tests.server.requests import requests
-from triton_server_model.protocol import Cancelled, Generation, error_code, parse_request
+from triton_server_model.protocol import Cancelled, Generation, Refused, error_code, parse_request
 from triton_server_model.protocol_table import NAMES, document
 from triton_server_model.unknown import UnknownParameters
 
@@ -244,15 +244,15 @@ def test_document_is_up_to_date() -> None:
 @given(requests(), st.integers(0, 2**63))
 def test_any_request_is_read_or_refused(request_: tuple[dict[str, list[Any]], dict[str, Any]], timeout: int) -> None:
     inputs, parameters = request_
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(InvalidArgument, Refused):
         generation = parse_request(inputs, parameters, timeout)
         assert isinstance(generation.params, SamplingParams)
         assert not set(generation.unknown) & {name.name for name in NAMES if name.parameter}
 
 
 @given(text=st.binary(), sampling=st.binary(), parameters=st.dictionaries(st.text(), st.booleans() | st.text()))
-def test_bad_bytes_only_raise_value_errors(text: bytes, sampling: bytes, parameters: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"sampling_parameters|text_input"):
+def test_bad_bytes_are_refused(text: bytes, sampling: bytes, parameters: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument, match=r"sampling_parameters|text_input"):
         parse_request({"text_input": [text], "sampling_parameters": [b"[" + sampling]}, parameters)
 
 
@@ -264,7 +264,10 @@ def test_bad_bytes_only_raise_value_errors(text: bytes, sampling: bytes, paramet
         (EngineDead("dead"), "UNAVAILABLE"),
         (DeadlineExceeded("timeout=1: too late"), "UNAVAILABLE"),
         (Cancelled(), "CANCELLED"),
+        (Refused("when streaming"), "INVALID_ARG"),
         (ZeroDivisionError(), "INTERNAL"),
+        (ValueError("operands could not be broadcast together"), "INTERNAL"),
+        (FloatingPointError("not finite"), "INTERNAL"),
     ],
 )
 def test_error_codes(error: Exception, code: str) -> None:
