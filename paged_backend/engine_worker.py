@@ -95,7 +95,7 @@ class Worker:
 
     def _log(self) -> None:
         """The owner logs what is logged here, as it logs what it says itself."""
-        logging.getLogger().addHandler(logging.handlers.QueueHandler(self._outbox))
+        logging.getLogger().addHandler(_Forwarding(self._outbox))
         for name in ("paged_backend", "paged_kernels"):
             logging.getLogger(name).setLevel(logging.INFO)
 
@@ -205,6 +205,17 @@ class Worker:
         except BaseException:
             traceback.print_exc()  # the log would go the same way
             os._exit(1)  # so that nobody waits for them
+
+
+class _Forwarding(logging.handlers.QueueHandler):
+    """Puts records that can be pickled: without what `extra` has put into them, but for `request_id`."""
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        """Only what is shown; a traceback is part of the message."""
+        kept = {name: getattr(record, name) for name in ("name", "levelno", "levelname", "created")}
+        if hasattr(record, "request_id"):
+            kept["request_id"] = str(record.request_id)
+        return logging.makeLogRecord(kept | {"msg": self.format(record)})
 
 
 def _dead(error: Exception) -> EngineDead:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import pickle
 import signal
@@ -242,6 +243,21 @@ def test_a_fatal_error_is_told_to_all(troubled: EngineProcess) -> None:
     assert troubled.process.wait(5) == 0
     assert listener.metric("output_tokens_total") >= 3
     assert (listener.metric("requests_running"), listener.metric("kv_blocks_total")) == (0, 0)
+
+
+def test_log_records_arrive_without_what_cannot_be_sent(
+    troubled: EngineProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = Listener(troubled)
+    troubled.submit("talkative", "hello", SamplingParams(seed=trouble.TALKATIVE, max_tokens=1))
+    assert listener.last("talkative").error is None
+    (record,) = (record for record in caplog.records if record.name == "paged_backend_trouble")
+    message, *traceback = record.getMessage().splitlines()
+    assert message == f"100 % of {threading.Lock!r}"
+    assert traceback[-1] == "KeyError: 'cause'"
+    assert (record.levelname, record.levelno, record.request_id) == ("ERROR", logging.ERROR, "talkative")  # type: ignore[attr-defined]
+    assert time.time() - 60 < record.created < time.time()
+    assert not hasattr(record, "lock")
 
 
 def test_a_killed_process_fails_what_is_open(troubled: EngineProcess) -> None:

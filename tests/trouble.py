@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from paged_backend.errors import Overloaded
 from paged_backend.plugins import hookimpl
 from paged_backend.request import Request
 
-FATAL, STUCK, UNPICKLABLE, STRANGER, QUOTA = range(1001, 1006)
+FATAL, STUCK, UNPICKLABLE, STRANGER, QUOTA, TALKATIVE = range(1001, 1007)
 DIES_AT_START = "PAGED_BACKEND_TROUBLE_DIES"
 
 
@@ -49,6 +51,12 @@ def paged_request_filter(request: Request) -> None:
         raise UnpicklableError
     if seed == STRANGER:
         raise StrangerError("no such thing")
+    if seed == TALKATIVE:
+        try:
+            raise KeyError("cause")
+        except KeyError:
+            extra = {"request_id": request.request_id, "lock": threading.Lock()}
+            logging.getLogger("paged_backend_trouble").exception("%s of %r", "100 %", threading.Lock, extra=extra)
     if seed == QUOTA:
         raise QuotaExceeded("somebody", 7)
 
