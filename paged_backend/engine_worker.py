@@ -1,6 +1,7 @@
-"""The process of an engine, started by `EngineProcess` with `python -m paged_backend.engine_worker PIPE OWNER PARENT`.
+"""The process of an engine, started by `EngineProcess`: python -m paged_backend.engine_worker PIPE SHARED OWNER PARENT
 
 PIPE is a file descriptor, OWNER the process at its other end, PARENT the process that the owner is to end with, or 0.
+SHARED is the descriptor of a file of 8 bytes, where the owner sees when the step began that the engine is in.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import faulthandler
 import logging
 import logging.handlers
+import mmap
 import os
 import pickle
 import queue
@@ -52,8 +54,9 @@ class Worker:
     One more takes in the requests with grammars, since a bad one can take seconds to compile.
     """
 
-    def __init__(self, owner: Connection) -> None:
-        self._owner = owner
+    def __init__(self, owner: Connection, step_began: memoryview[float]) -> None:
+        """`step_began[0]` is set to the `time.monotonic()` of each step, and to 0 after it."""
+        self._owner, self._step_began = owner, step_began
         self._engine: Engine
         self._submitted: list[Request] = []
         self._aborted: list[str] = []
@@ -113,7 +116,9 @@ class Worker:
                 closing = self._closing
             if closing:
                 engine.close()
+            self._step_began[0] = time.monotonic()
             outputs = engine.step()
+            self._step_began[0] = 0
             if engine.error is not None and not closing:
                 for output in outputs:
                     output.error = _dead(engine.error) if output.error is engine.error else output.error
@@ -241,11 +246,13 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.setswitchinterval(_SWITCH_SECONDS)
-    pipe, *processes = map(int, sys.argv[1:])
+    pipe, shared, *processes = map(int, sys.argv[1:])
     threading.Thread(target=_watch, args=processes, name="paged-watch", daemon=True).start()
     owner = Connection(pipe)
     os.set_inheritable(owner.fileno(), False)  # or a process started here would keep the pipe open
-    Worker(owner).run(owner.recv())
+    step_began = memoryview(mmap.mmap(shared, 8)).cast("d")
+    os.close(shared)
+    Worker(owner, step_began).run(owner.recv())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # a broken device can hang the interpreter's own way out

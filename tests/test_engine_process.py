@@ -310,6 +310,25 @@ def test_closing_a_stuck_engine_kills_it(troubled: EngineProcess, monkeypatch: p
     assert troubled.process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("how", [trouble.STUCK, trouble.STUCK_WITH_LOCK])
+def test_an_engine_that_hangs_is_killed(troubled: EngineProcess, how: int) -> None:
+    listener = Listener(troubled)
+    troubled.submit("fine", "hello", SamplingParams(max_tokens=3))
+    assert listener.last("fine").error is None
+    troubled._step_timeout = 0.5
+    time.sleep(0.6)
+    listener.until(lambda: not troubled.receive(0.1))  # not while there is nothing to do
+    troubled.submit("stuck", "hello", SamplingParams(seed=how))
+    troubled.submit("behind it", "hello")
+    for name in ("stuck", "behind it"):
+        error = listener.last(name).error
+        assert isinstance(error, EngineDead)
+        assert str(error) == "the engine hangs: a step has not ended after step_timeout=0.5 s"
+    assert troubled.process.wait(5) == -signal.SIGKILL
+    with pytest.raises(EngineDead, match="the engine hangs"):
+        troubled.submit("late", "hello")
+
+
 PARENT = """
 import ctypes, sys, time
 from paged_backend import EngineConfig, SamplingParams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import shutil
@@ -15,7 +16,7 @@ from paged_backend.errors import Overloaded
 from paged_backend.plugins import hookimpl
 from paged_backend.request import Request
 
-FATAL, STUCK, UNPICKLABLE, STRANGER, QUOTA, TALKATIVE = range(1001, 1007)
+FATAL, STUCK, UNPICKLABLE, STRANGER, QUOTA, TALKATIVE, STUCK_WITH_LOCK = range(1001, 1008)
 DIES_AT_START = "PAGED_BACKEND_TROUBLE_DIES"
 
 
@@ -66,6 +67,8 @@ def paged_request_scheduled(request: Request) -> None:
     if request.params.seed == STUCK:
         print("stuck", flush=True)
         time.sleep(1000)
+    if request.params.seed == STUCK_WITH_LOCK:
+        ctypes.PyDLL(None).sleep(1000)  # the interpreter's, which no other thread gets then
 
 
 @hookimpl
