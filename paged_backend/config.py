@@ -74,6 +74,8 @@ class EngineConfig(CheckedModel):
 
     enable_prefix_caching: bool = True
     """Keep blocks of ended requests and share blocks of running ones where prompts begin alike."""
+    isolate_tenants: bool = False
+    """Share no prefix between requests of different tenants, whatever `cache_salt` they have."""
     swap_space_bytes: Bytes = Field(0, ge=0)
     """Host memory, pinned on a GPU machine, for blocks of preempted requests and evicted prefixes; "8GiB" works too."""
 

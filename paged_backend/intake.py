@@ -120,6 +120,8 @@ class Intake:
             salt = secrets.token_hex(16)  # what is found in the cache has no logits
         if salt is None:
             salt = "" if self._config.enable_prefix_caching else secrets.token_hex(16)
+        if self._config.isolate_tenants:
+            salt = repr((options.tenant, salt))  # no other pair has this one's
         request = Request(
             request_id=request_id or f"request-{next(self._names)}",
             token_ids=token_ids,
