@@ -119,7 +119,7 @@ BAD = {
     "wrong type": ({"sampling": {"max_tokens": "many"}}, "max_tokens='many': Input should be a valid integer"),
     "out of range": ({"sampling": {"top_k": -2}}, "top_k=-2: Input should be greater than or equal to -1"),
     "not finite": ({"sampling": '{"temperature": NaN}'}, "temperature=nan: Input should be a finite number"),
-    "half a surrogate pair": ({"sampling": r'{"seed": "\ud800"}'}, r"seed='\ud800': Input should be a valid integer"),
+    "half a surrogate pair": ({"sampling": r'{"seed": "\ud800"}'}, r"seed='\ud800': Input should be a valid string"),
     "empty stop string": ({"sampling": {"stop": ["a", ""]}}, "stop.1='': String should have at least 1 character"),
     "request parameter": ({"parameters": {"temperature": -1}}, "temperature=-1: Input should be greater"),
     "no boolean": (
