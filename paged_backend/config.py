@@ -68,9 +68,14 @@ class EngineConfig(CheckedModel):
     """Seconds a request may wait for its first slot, unless it says otherwise. None: for ever."""
     timeout: float | None = Field(None, gt=0)
     """Seconds a request may take in all, unless it says otherwise. None: for ever."""
+    step_timeout: float = Field(300, ge=0)
+    """Seconds after which a step that has not ended is taken for hung: the engine's process, if it has one of its own,
+    is killed, and every request told. The first steps may compile kernels, so be generous. 0: never."""
 
     enable_prefix_caching: bool = True
     """Keep blocks of ended requests and share blocks of running ones where prompts begin alike."""
+    isolate_tenants: bool = False
+    """Share no prefix between requests of different tenants, whatever `cache_salt` they have."""
     swap_space_bytes: Bytes = Field(0, ge=0)
     """Host memory, pinned on a GPU machine, for blocks of preempted requests and evicted prefixes; "8GiB" works too."""
 

@@ -23,6 +23,7 @@ from paged_backend.outputs import Whole, as_logprobs, output_of
 from paged_backend.plugins.manager import PluginManager
 from paged_backend.request import FinishReason, Request, RequestOptions, RequestOutput, SamplingParams
 from paged_backend.runner.cache import make_cache
+from paged_backend.runner.edits import any_allowed
 from paged_backend.runner.loader import LoadedModel, context_length, eos_token_ids
 from paged_backend.runner.logprobs import Sampled
 from paged_backend.runner.runner import Got, Launched
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NO_TOKEN = "the model's logits for this request are not finite, or no token is allowed next"
+_NOT_FINITE = "the model's logits for this request are not finite"
+_MASKS = ("structured_outputs", "allowed_token_ids", "bad_words", "min_tokens")
 
 
 @dataclass(slots=True)
@@ -174,9 +176,14 @@ class Engine:
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
         request_id: str | None = None,
+        arrival_time: float | None = None,
     ) -> Request:
-        """Tokenise and validate; nothing is accepted yet. May be called from any thread. Raises `InvalidArgument`."""
-        request = self.intake.make(prompt, params, options, request_id)
+        """Tokenise and validate; nothing is accepted yet. May be called from any thread.
+
+        `arrival_time`, in `time.monotonic()` seconds, is when it came; None: now. Raises `InvalidArgument`, and
+        `DeadlineExceeded` if its time is over already.
+        """
+        request = self.intake.make(prompt, params, options, request_id, arrival_time)
         if request.steered:
             self._check_beams(request)
         return request
@@ -283,16 +290,17 @@ class Engine:
             _, index, request = heapq.heappop(self._deadlines)
             if request.ended:
                 continue
+            since = now - request.arrival_time
             if request.deadline <= now:
-                field, since = "timeout", now - request.arrival_time
+                field = "timeout"
             elif request.scheduled_time is None:
-                field, since = "queue_timeout", now - request.arrival_time
+                field = "queue_timeout"
             else:
                 if request.deadline < float("inf"):
                     heapq.heappush(self._deadlines, (request.deadline, index, request))
                 continue
             limit = (request.deadline if field == "timeout" else request.queue_deadline) - request.arrival_time
-            error = DeadlineExceeded(f"{field}={limit:g}: the request was ended after {since:.3f} seconds")
+            error = DeadlineExceeded.of(field, limit, since)
             text = self._live[request.request_id].sequences[request]
             held_back = "" if text is None else text.add([], last=True)[0]
             outputs.append(self._end(request, "error", error, text=held_back))
@@ -506,7 +514,12 @@ class Engine:
         if grammar is not None and grammar.is_over:  # and `min_tokens` or the like has forbidden the stop tokens
             return self._end(request, "stop", text="" if text is None else text.add([], last=True)[0])
         error = None if grammar is None else grammar.error
-        return self._end(request, "error", error or FloatingPointError(_NO_TOKEN))
+        if isinstance(error, ValueError):  # of a grammar that is too much for its backend
+            error = InvalidArgument("structured_outputs", request.params.structured_outputs, str(error))
+        if error is None and not any_allowed(request, self.vocab_size):
+            masks = {name: value for name in _MASKS if (value := getattr(request.params, name))}
+            error = InvalidArgument(*next(iter(masks.items())), f"no token is allowed next, with {', '.join(masks)}")
+        return self._end(request, "error", error or FloatingPointError(_NOT_FINITE))
 
     def _advance_beams(self, live: _Live) -> list[RequestOutput]:
         """Continue the likeliest beams of a search, or end it with its best outputs."""

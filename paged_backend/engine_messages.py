@@ -35,6 +35,8 @@ class Submit(NamedTuple):
     prompt: Prompt
     params: SamplingParams | None
     options: RequestOptions | None
+    arrival_time: float
+    """`time.monotonic()` seconds, which all processes share."""
 
 
 class Abort(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import os
 import pickle
 import select
@@ -11,7 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -71,15 +74,20 @@ class EngineProcess:
         self._families: list[Metric] = []
         self._collected = threading.Event()
         self._collecting = threading.Lock()
+        self._step_timeout = config.step_timeout
         self._socket, theirs = socket.socketpair()
         self._connection = Connection(os.dup(self._socket.fileno()))
         variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | dict(environment or {})
-        arguments = (theirs.fileno(), os.getpid(), os.getppid() if with_parent else 0)
-        with theirs:
+        with theirs, tempfile.TemporaryFile() as shared:
+            shared.truncate(8)
+            self._step_began = memoryview(mmap.mmap(shared.fileno(), 8)).cast("d")
+            """`time.monotonic()` seconds, of the step that the engine is in; 0 between steps. No message says so: one
+            that hangs may keep the interpreter's lock, without which nothing can be sent."""
+            arguments = (theirs.fileno(), shared.fileno(), os.getpid(), os.getppid() if with_parent else 0)
             self.process = subprocess.Popen(
                 [_python(), "-sPm", "paged_backend.engine_worker", *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), shared.fileno()],
                 env=variables,
             )
         try:
@@ -105,11 +113,11 @@ class EngineProcess:
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
     ) -> None:
-        """Hand over a request; what is wrong with it, or that there are too many, its last output tells.
+        """Hand over a request, which arrives now; what is wrong with it or with its time, its last output tells.
 
         Raises `EngineDead`, and `InvalidArgument` for an id in use, with nothing handed over.
         """
-        command = _pickled(Submit(request_id, prompt, params, options))
+        command = _pickled(Submit(request_id, prompt, params, options, time.monotonic()))
         with self._state:
             if self.error is not None:
                 raise EngineDead(str(self.error))
@@ -135,6 +143,9 @@ class EngineProcess:
             while ready:
                 self._take(self._connection.recv(), outputs)
                 ready = self._connection.poll()
+            if self._hangs():
+                self.process.kill()
+                self._end(outputs)
         except (EOFError, OSError):
             self._end(outputs)
         except Exception as error:
@@ -167,6 +178,13 @@ class EngineProcess:
     def _send(self, command: bytes) -> None:
         with self._sending, contextlib.suppress(OSError):  # its process has ended, which `receive` answers
             self._connection.send_bytes(command)
+
+    def _hangs(self) -> bool:
+        began = self._step_began[0]
+        if not (began and 0 < self._step_timeout < time.monotonic() - began):
+            return False
+        self._cause = EngineDead(f"the engine hangs: a step has not ended after step_timeout={self._step_timeout:g} s")
+        return True
 
     def _tell_aborted(self) -> None:
         if not self._aborted or not self._sending.acquire(blocking=False):

@@ -1,6 +1,7 @@
-"""The process of an engine, started by `EngineProcess` with `python -m paged_backend.engine_worker PIPE OWNER PARENT`.
+"""The process of an engine, started by `EngineProcess`: python -m paged_backend.engine_worker PIPE SHARED OWNER PARENT
 
 PIPE is a file descriptor, OWNER the process at its other end, PARENT the process that the owner is to end with, or 0.
+SHARED is the descriptor of a file of 8 bytes, where the owner sees when the step began that the engine is in.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import faulthandler
 import logging
 import logging.handlers
+import mmap
 import os
 import pickle
 import queue
@@ -23,15 +25,15 @@ from typing import TYPE_CHECKING
 import psutil
 
 from paged_backend.engine_messages import Abort, Collect, Families, Loaded, Packer, Submit, portable
-from paged_backend.errors import EngineDead, PagedBackendError
+from paged_backend.errors import EngineDead, Overloaded, PagedBackendError
 from paged_backend.outputs import failed
-from paged_backend.request import SamplingParams
+from paged_backend.request import RequestOutput, SamplingParams
 from paged_backend.structured_outputs import StructuredOutputs
 
 if TYPE_CHECKING:
     from paged_backend.config import EngineConfig
     from paged_backend.engine import Engine
-    from paged_backend.request import Request, RequestOutput
+    from paged_backend.request import Request
 
 logger = logging.getLogger(__name__)
 
@@ -52,16 +54,18 @@ class Worker:
     One more takes in the requests with grammars, since a bad one can take seconds to compile.
     """
 
-    def __init__(self, owner: Connection) -> None:
-        self._owner = owner
+    def __init__(self, owner: Connection, step_began: memoryview[float]) -> None:
+        """`step_began[0]` is set to the `time.monotonic()` of each step, and to 0 after it."""
+        self._owner, self._step_began = owner, step_began
         self._engine: Engine
         self._submitted: list[Request] = []
         self._aborted: list[str] = []
         self._closing = False
-        self._compiling: set[str] = set()
-        """Ids of the requests in `_guided`."""
-        self._guided: queue.SimpleQueue[Submit | Abort] = queue.SimpleQueue()
+        self._arriving: dict[str, Submit] = {}
+        """Those that are being taken in, or wait for that."""
         self._state = threading.Condition()  # guards these four
+        self._guided: queue.SimpleQueue[str] = queue.SimpleQueue()
+        """Ids of those with grammars; some may have been aborted."""
         self._outbox: queue.SimpleQueue[
             list[RequestOutput] | Families | Loaded | logging.LogRecord | Exception | None
         ] = queue.SimpleQueue()
@@ -94,7 +98,7 @@ class Worker:
 
     def _log(self) -> None:
         """The owner logs what is logged here, as it logs what it says itself."""
-        logging.getLogger().addHandler(logging.handlers.QueueHandler(self._outbox))
+        logging.getLogger().addHandler(_Forwarding(self._outbox))
         for name in ("paged_backend", "paged_kernels"):
             logging.getLogger(name).setLevel(logging.INFO)
 
@@ -112,7 +116,9 @@ class Worker:
                 closing = self._closing
             if closing:
                 engine.close()
+            self._step_began[0] = time.monotonic()
             outputs = engine.step()
+            self._step_began[0] = 0
             if engine.error is not None and not closing:
                 for output in outputs:
                     output.error = _dead(engine.error) if output.error is engine.error else output.error
@@ -137,44 +143,58 @@ class Worker:
 
     def _obey(self, command: Submit | Abort | Collect) -> None:
         match command:
-            case Submit(params=SamplingParams(structured_outputs=StructuredOutputs())):
-                with self._state:
-                    self._compiling.add(command.request_id)
-                self._guided.put(command)
             case Submit():
-                self._accept(command)
+                self._admit(command)
             case Abort(request_ids):
                 with self._state:
-                    later = [request_id for request_id in request_ids if request_id in self._compiling]
-                    self._aborted += set(request_ids).difference(later)
+                    for request_id in request_ids:
+                        if self._arriving.pop(request_id, None) is None:
+                            self._aborted.append(request_id)
+                        else:  # the engine does not know it yet
+                            self._outbox.put([RequestOutput(request_id, "", [], 0, 0, "abort", finished=True)])
                     self._state.notify()
-                if later:
-                    self._guided.put(Abort(later))
             case Collect():
                 self._collect()
 
+    def _admit(self, command: Submit) -> None:
+        """Take a request in, or have it taken in later, if there is room: that it must have before it costs time."""
+        try:
+            with self._state:
+                self._engine.check_room(len(self._submitted) + len(self._arriving))
+                self._arriving[command.request_id] = command
+        except Overloaded as error:
+            self._outbox.put([failed(command.request_id, error)])
+            return
+        match command.params:
+            case SamplingParams(structured_outputs=StructuredOutputs()):
+                self._guided.put(command.request_id)
+            case _:
+                self._take_in(command)
+
     def _compile(self) -> None:
         while True:
-            match self._guided.get():
-                case Submit() as command:
-                    self._accept(command)
-                    with self._state:
-                        self._compiling.discard(command.request_id)
-                case Abort(request_ids):
-                    with self._state:
-                        self._aborted += request_ids
-                        self._state.notify()
-
-    def _accept(self, command: Submit) -> None:
-        try:
-            request_id, prompt, params, options = command
-            request = self._engine.make_request(prompt, params, options, request_id)
+            request_id = self._guided.get()
             with self._state:
-                self._engine.check_room(len(self._submitted))
-                self._submitted.append(request)
-                self._state.notify()
+                command = self._arriving.get(request_id)
+            if command is not None:
+                self._take_in(command)
+
+    def _take_in(self, command: Submit) -> None:
+        request_id, prompt, params, options, arrival_time = command
+        made: Request | Exception
+        try:
+            made = self._engine.make_request(prompt, params, options, request_id, arrival_time)
         except Exception as error:  # a plugin's filter may raise anything
-            self._outbox.put([failed(command.request_id, error)])
+            made = error
+        with self._state:
+            if self._arriving.get(request_id) is not command:
+                return  # aborted meanwhile
+            del self._arriving[request_id]
+            if isinstance(made, Exception):
+                self._outbox.put([failed(request_id, made)])
+            else:
+                self._submitted.append(made)
+                self._state.notify()
 
     def _collect(self) -> None:
         self._outbox.put(Families(list(self._engine.metrics.registry.collect())))
@@ -190,6 +210,17 @@ class Worker:
         except BaseException:
             traceback.print_exc()  # the log would go the same way
             os._exit(1)  # so that nobody waits for them
+
+
+class _Forwarding(logging.handlers.QueueHandler):
+    """Puts records that can be pickled: without what `extra` has put into them, but for `request_id`."""
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        """Only what is shown; a traceback is part of the message."""
+        kept = {name: getattr(record, name) for name in ("name", "levelno", "levelname", "created")}
+        if hasattr(record, "request_id"):
+            kept["request_id"] = str(record.request_id)
+        return logging.makeLogRecord(kept | {"msg": self.format(record)})
 
 
 def _dead(error: Exception) -> EngineDead:
@@ -215,11 +246,13 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.setswitchinterval(_SWITCH_SECONDS)
-    pipe, *processes = map(int, sys.argv[1:])
+    pipe, shared, *processes = map(int, sys.argv[1:])
     threading.Thread(target=_watch, args=processes, name="paged-watch", daemon=True).start()
     owner = Connection(pipe)
     os.set_inheritable(owner.fileno(), False)  # or a process started here would keep the pipe open
-    Worker(owner).run(owner.recv())
+    step_began = memoryview(mmap.mmap(shared, 8)).cast("d")
+    os.close(shared)
+    Worker(owner, step_began).run(owner.recv())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # a broken device can hang the interpreter's own way out

@@ -12,12 +12,22 @@ class PagedBackendError(Exception):
     """Base of every error raised on purpose by this package."""
 
 
+class Excerpt(str):
+    """The beginning of a `repr`, and its own one."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 class InvalidArgument(PagedBackendError, ValueError):
-    """A field has a value outside its allowed range; the message says all three."""
+    """A field has a value outside its allowed range; the message says all three. An `Excerpt` is kept of a long one."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         shown = repr(value)
-        shown = shown if len(shown) <= 200 else f"{shown[:200]}... ({len(shown)} characters)"
+        if len(shown) > 200 and not isinstance(value, Excerpt):
+            value = shown = Excerpt(f"{shown[:200]}... ({len(shown)} characters)")
         super().__init__(f"{field}={shown}: {allowed}")
         self.field, self.value, self.allowed = field, value, allowed
 
@@ -35,6 +45,11 @@ class Overloaded(PagedBackendError):
 
 class DeadlineExceeded(PagedBackendError):
     """The request waited, or took, longer than its `queue_timeout` or `timeout`."""
+
+    @classmethod
+    def of(cls, field: str, limit: float, since: float) -> Self:
+        """Of a request whose `field` allows `limit` seconds, and which arrived `since` seconds ago."""
+        return cls(f"{field}={limit:g}: the request was ended after {since:.3f} seconds")
 
 
 class EngineDead(PagedBackendError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import operator
 import secrets
 import struct
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from paged_backend.config import EngineConfig
-from paged_backend.errors import InvalidArgument
+from paged_backend.errors import DeadlineExceeded, InvalidArgument
 from paged_backend.kv_cache import hashing
 from paged_backend.plugins.manager import PluginManager
 from paged_backend.request import Request, RequestOptions, SamplingParams
@@ -51,6 +52,9 @@ class Intake:
         self._vocab_size, self.eos, self._max_model_len = vocab_size, eos, max_model_len
         self._grammars = Grammars(grammar_backend, tokenizer, vocab_size, eos)
         self._names = itertools.count()
+        longest = 0 if tokenizer is None else max(map(len, tokenizer.get_vocab()))
+        self._longest_text = max_model_len * longest
+        """Characters. Only a tokenizer that drops some could make fewer than `max_model_len` tokens of more."""
 
     def make(
         self,
@@ -58,13 +62,26 @@ class Intake:
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
         request_id: str | None = None,
+        arrival_time: float | None = None,
     ) -> Request:
-        """The request; nothing is accepted yet. Raises `InvalidArgument`."""
+        """The request; nothing is accepted yet. `arrival_time` None is now.
+
+        Raises `InvalidArgument`, and `DeadlineExceeded` if its time is over already.
+        """
+        now = time.monotonic()
+        arrived = now if arrival_time is None else arrival_time
         params, options = params or SamplingParams(), options or RequestOptions()
         for field, value, kind in (("params", params, SamplingParams), ("options", options, RequestOptions)):
             if not isinstance(value, kind):
                 raise InvalidArgument(field, value, f"must be a {kind.__name__}")
-        token_ids = self._tokenise(prompt)
+        limits = {
+            "queue_timeout": options.queue_timeout or self._config.queue_timeout or math.inf,
+            "timeout": options.timeout or self._config.timeout or math.inf,
+        }
+        for name, limit in limits.items():
+            if now - arrived >= limit:
+                raise DeadlineExceeded.of(name, limit, now - arrived)
+        token_ids = self._tokenise(prompt, cut=params.truncate_prompt_tokens is not None)
         if params.truncate_prompt_tokens is not None:
             most = params.truncate_prompt_tokens
             token_ids = token_ids[-(self._max_model_len - 1 if most == -1 else most) :]
@@ -103,7 +120,8 @@ class Intake:
             salt = secrets.token_hex(16)  # what is found in the cache has no logits
         if salt is None:
             salt = "" if self._config.enable_prefix_caching else secrets.token_hex(16)
-        now = time.monotonic()
+        if self._config.isolate_tenants:
+            salt = repr((options.tenant, salt))  # no other pair has this one's
         request = Request(
             request_id=request_id or f"request-{next(self._names)}",
             token_ids=token_ids,
@@ -119,14 +137,10 @@ class Intake:
             bad_words=self._bad_words(params.bad_words),
             grammar=None if wanted is None else self._grammars.make(wanted, ends),
             prompt_logprobs=None if params.prompt_logprobs is None else [[] for _ in token_ids],
-            arrival_time=now,
+            queue_deadline=arrived + limits["queue_timeout"],
+            deadline=arrived + limits["timeout"],
+            arrival_time=arrived,
         )
-        for name, timeout in (
-            ("queue_deadline", options.queue_timeout or self._config.queue_timeout),
-            ("deadline", options.timeout or self._config.timeout),
-        ):
-            if timeout is not None:
-                setattr(request, name, now + timeout)
         hashing.extend(request.block_hashes, request.hash_root, packed, self._config.block_size)
         self._plugins.hook.paged_request_filter(request=request)
         return request
@@ -141,11 +155,19 @@ class Intake:
         ids = self.tokenizer(texts, add_special_tokens=False).input_ids
         return tuple({tuple(tokens) for tokens in ids if tokens})
 
-    def _tokenise(self, prompt: Prompt) -> list[int]:
+    def _tokenise(self, prompt: Prompt, *, cut: bool) -> list[int]:
+        """All tokens, or if `cut`, at least the last `max_model_len`."""
         if isinstance(prompt, str | Chat):
             if self.tokenizer is None:
                 raise InvalidArgument("prompt", prompt, "this engine has no tokenizer; send token ids")
             text = prompt if isinstance(prompt, str) else chat_text(self.tokenizer, prompt)
+            if cut:
+                text = text[-self._longest_text :]
+            if len(text) > self._longest_text:  # which would take long to tokenise
+                most = self._max_model_len - 1
+                raise InvalidArgument(
+                    "prompt", text, f"has {len(text)} characters, more than {most} tokens; at most {most} are allowed"
+                )
             try:
                 text.encode()
             except UnicodeEncodeError as error:

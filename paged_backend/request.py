@@ -122,9 +122,10 @@ class RequestOptions(CheckedModel):
     priority: int = Field(0, ge=-1000, le=1000)
     """Smaller is more urgent, under `scheduling_policy="priority"`."""
     tenant: str = Field("", max_length=256)
-    """Whose request it is, under `scheduling_policy="fair-share"`."""
+    """Whose request it is, under `scheduling_policy="fair-share"` and with `isolate_tenants`."""
     cache_salt: str | None = Field(None, max_length=1024)
-    """Only requests with an equal salt share cached prefixes. None: all without one, if `enable_prefix_caching`."""
+    """Only requests with an equal salt share cached prefixes. None: all without one, if `enable_prefix_caching`.
+    With `EngineConfig.isolate_tenants`, only those of one tenant."""
     queue_timeout: float | None = Field(None, gt=0)
     """Seconds it may wait for its first slot; then it ends with `DeadlineExceeded`. None: `EngineConfig`'s."""
     timeout: float | None = Field(None, gt=0)

@@ -14,6 +14,11 @@ Kind = Literal["json", "regex", "grammar"]
 
 LONGEST = 2**17
 """Characters of a schema, an expression, a grammar or all choices together."""
+_VLLM_ONLY = (
+    *("disable_fallback", "disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"),
+    *("structural_tag", "backend", "backend_was_auto", "_backend", "_backend_was_auto"),
+)
+"""Further fields of vLLM's `StructuredOutputsParams` and `GuidedDecodingParams`, sent with all others as nulls."""
 _NAMES = ("json", "json_object", "regex", "choice", "grammar")
 
 
@@ -66,7 +71,7 @@ class StructuredOutputs(CheckedModel):
 
 
 def parse(value: Any) -> Any:
-    """Also takes a dict, or the JSON text of one, as Triton's wire carries it."""
+    """Also takes a dict, or the JSON text of one, as Triton's wire carries it; of vLLM's classes, too."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -74,8 +79,11 @@ def parse(value: Any) -> Any:
             raise InvalidArgument("structured_outputs", value, f"must be JSON: {error}") from None
     if not isinstance(value, dict):
         return value
+    for name in _VLLM_ONLY:
+        if value.get(name):
+            raise InvalidArgument(f"structured_outputs.{name}", value[name], "not supported by this engine")
     try:
-        return StructuredOutputs(**value)
+        return StructuredOutputs(**{k: v for k, v in value.items() if v is not None and k not in _VLLM_ONLY})
     except InvalidArgument as error:
         field = error.field if error.field == "structured_outputs" else f"structured_outputs.{error.field}"
         raise InvalidArgument(field, error.value, error.allowed) from None

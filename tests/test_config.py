@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -82,7 +83,13 @@ def test_strings_become_numbers_as_clients_send_them() -> None:
 def test_a_long_value_is_cut_in_the_message() -> None:
     with pytest.raises(InvalidArgument) as caught:
         SamplingParams(temperature="x" * 10_000)  # type: ignore[arg-type]
-    assert len(str(caught.value)) < 400
+    error = caught.value
+    assert len(str(error)) < 400
+    again = pickle.loads(pickle.dumps(InvalidArgument("named", error.value, error.allowed)))
+    assert len(pickle.dumps(again)) < 800
+    assert str(again) == str(error).replace("temperature", "named")
+    assert str(error).startswith("temperature='xxx")
+    assert "xxx... (10002 characters): Input should be a valid number" in str(error)
 
 
 def test_optimize_for_sets_the_budgets_and_each_may_still_be_set() -> None:

@@ -205,6 +205,23 @@ def test_a_bad_prompt_is_refused_and_the_next_request_works(make: MakeEngine, pr
     assert engine.generate(["fine"], greedy(max_tokens=2))[0].finish_reason == "length"
 
 
+def test_text_that_cannot_fit_is_not_tokenised(make: MakeEngine) -> None:
+    engine = make(max_model_len=16)
+    tokenizer = engine.intake.tokenizer
+    assert tokenizer is not None
+    most = 16 * max(map(len, tokenizer.get_vocab()))
+    with pytest.raises(InvalidArgument, match=f"has {most} tokens; at most 15 are allowed"):
+        engine.make_request("x" * most)
+    with pytest.raises(
+        InvalidArgument, match=f"has {most + 1} characters, more than 15 tokens; at most 15 are allowed"
+    ):
+        engine.make_request("x" * (most + 1))
+    text = "".join(chr(ord("a") + number % 26) for number in range(most * 3))
+    for cut in (1, 7, 15, -1):
+        request = engine.make_request(text, SamplingParams(truncate_prompt_tokens=cut))
+        assert request.token_ids == tokenizer(text).input_ids[-15 if cut == -1 else -cut :]
+
+
 def test_an_engine_without_tokenizer_takes_token_ids_only(make: MakeEngine) -> None:
     engine = make(tokenizer=False)
     assert engine.generate([[5, 6, 7]], greedy(max_tokens=3))[0].text == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import pickle
 import signal
@@ -22,11 +23,13 @@ from hypothesis import strategies as st
 from prometheus_client import Metric
 
 from paged_backend import (
+    DeadlineExceeded,
     Engine,
     EngineConfig,
     EngineDead,
     InvalidArgument,
     Overloaded,
+    RequestOptions,
     RequestOutput,
     SamplingParams,
 )
@@ -194,8 +197,25 @@ def test_an_abort_waits_for_nothing(engine: EngineProcess) -> None:
         assert big.is_alive()
     finally:
         os.kill(engine.process.pid, signal.SIGCONT)
-    assert "has 1048576 tokens" in str(listener.last("big").error)
+    assert "has 1048576 characters, more than 511 tokens; at most 511 are allowed" in str(listener.last("big").error)
     assert listener.last("running").finish_reason in ("abort", "length")
+
+
+def test_the_time_before_the_engine_knows_of_it_counts(engine: EngineProcess) -> None:
+    listener = Listener(engine)
+    os.kill(engine.process.pid, signal.SIGSTOP)
+    try:
+        engine.submit("late", "hello", options=RequestOptions(timeout=0.1))
+        engine.submit("fine", "hello", SamplingParams(max_tokens=1))
+        told = time.monotonic()
+        time.sleep(0.2)
+    finally:
+        os.kill(engine.process.pid, signal.SIGCONT)
+    error = listener.last("late").error
+    assert isinstance(error, DeadlineExceeded)
+    assert str(error).startswith("timeout=0.1: the request was ended after 0.")
+    fine = listener.last("fine")
+    assert fine.arrival_time < told < told + 0.2 < (fine.scheduled_time or 0)
 
 
 def test_a_fatal_error_is_told_to_all(troubled: EngineProcess) -> None:
@@ -223,6 +243,21 @@ def test_a_fatal_error_is_told_to_all(troubled: EngineProcess) -> None:
     assert troubled.process.wait(5) == 0
     assert listener.metric("output_tokens_total") >= 3
     assert (listener.metric("requests_running"), listener.metric("kv_blocks_total")) == (0, 256)
+
+
+def test_log_records_arrive_without_what_cannot_be_sent(
+    troubled: EngineProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = Listener(troubled)
+    troubled.submit("talkative", "hello", SamplingParams(seed=trouble.TALKATIVE, max_tokens=1))
+    assert listener.last("talkative").error is None
+    (record,) = (record for record in caplog.records if record.name == "paged_backend_trouble")
+    message, *traceback = record.getMessage().splitlines()
+    assert message == f"100 % of {threading.Lock!r}"
+    assert traceback[-1] == "KeyError: 'cause'"
+    assert (record.levelname, record.levelno, record.request_id) == ("ERROR", logging.ERROR, "talkative")  # type: ignore[attr-defined]
+    assert time.time() - 60 < record.created < time.time()
+    assert not hasattr(record, "lock")
 
 
 def test_a_killed_process_fails_what_is_open(troubled: EngineProcess) -> None:
@@ -273,6 +308,25 @@ def test_closing_a_stuck_engine_kills_it(troubled: EngineProcess, monkeypatch: p
     troubled.close()
     assert isinstance(listener.last("stuck").error, EngineDead)
     assert troubled.process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("how", [trouble.STUCK, trouble.STUCK_WITH_LOCK])
+def test_an_engine_that_hangs_is_killed(troubled: EngineProcess, how: int) -> None:
+    listener = Listener(troubled)
+    troubled.submit("fine", "hello", SamplingParams(max_tokens=3))
+    assert listener.last("fine").error is None
+    troubled._step_timeout = 0.5
+    time.sleep(0.6)
+    listener.until(lambda: not troubled.receive(0.1))  # not while there is nothing to do
+    troubled.submit("stuck", "hello", SamplingParams(seed=how))
+    troubled.submit("behind it", "hello")
+    for name in ("stuck", "behind it"):
+        error = listener.last(name).error
+        assert isinstance(error, EngineDead)
+        assert str(error) == "the engine hangs: a step has not ended after step_timeout=0.5 s"
+    assert troubled.process.wait(5) == -signal.SIGKILL
+    with pytest.raises(EngineDead, match="the engine hangs"):
+        troubled.submit("late", "hello")
 
 
 PARENT = """

@@ -102,6 +102,15 @@ def test_salts_and_the_switch_keep_requests_apart(make: MakeEngine) -> None:
     assert [output.num_cached_tokens for output in salted] == [0, 28]
 
 
+def test_tenants_may_be_isolated(make: MakeEngine) -> None:
+    isolated, shared = make(isolate_tenants=True), make()
+    pairs = [(tenant, salt) for tenant in ("", "a", "b") for salt in (None, "a", "b")]
+    for engine, cached in ((isolated, [0] * 9 + [28] * 9), (shared, [0] * 3 + [28] * 15)):
+        for (tenant, salt), count in zip(pairs * 2, cached, strict=True):
+            (output,) = engine.generate([[7] * 30], greedy(2), RequestOptions(tenant=tenant, cache_salt=salt))
+            assert output.num_cached_tokens == count
+
+
 def test_changed_weights_need_a_reset_and_get_it(make: MakeEngine) -> None:
     engine = make()
     prompt = [7, 8, 9] * 10

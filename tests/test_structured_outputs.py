@@ -7,6 +7,7 @@ import multiprocessing
 import random
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,16 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from paged_backend import Engine, EngineConfig, InvalidArgument, RequestOutput, SamplingParams
+from paged_backend import (
+    DeadlineExceeded,
+    Engine,
+    EngineConfig,
+    InvalidArgument,
+    Overloaded,
+    RequestOptions,
+    RequestOutput,
+    SamplingParams,
+)
 from paged_backend.engine_messages import Abort, Submit
 from paged_backend.engine_worker import Worker
 from paged_backend.plugins import hookimpl
@@ -173,8 +183,14 @@ def test_with_masks_of_other_kinds(make: MakeEngine) -> None:
     (both,) = engine.generate(["a"], guided(regex="[abc]{9}", allowed_token_ids=[a, c], logit_bias={c: 100}))
     assert both.text == "c" * 9
     (neither,) = engine.generate(["a"], guided(regex="[bc]{9}", allowed_token_ids=[a]))
-    assert neither.finish_reason == "error"
-    assert "no token is allowed next" in str(neither.error)
+    assert isinstance(neither.error, InvalidArgument)
+    assert str(neither.error).endswith("no token is allowed next, with structured_outputs, allowed_token_ids")
+    fields = {"allowed_token_ids": [a, 2], "bad_words": ["a"], "min_tokens": 2}
+    (neither,) = engine.generate(["a"], SamplingParams(**fields))
+    assert isinstance(neither.error, InvalidArgument)
+    assert str(neither.error) == (
+        f"allowed_token_ids=({a}, 2): no token is allowed next, with allowed_token_ids, bad_words, min_tokens"
+    )
     (some,) = engine.generate(["a"], guided(regex="[abc]{20}", bad_words=["b", "ac"]))
     assert re.fullmatch("c*a*", some.text)
     assert len(some.text) == 20
@@ -188,7 +204,7 @@ def test_a_bad_schema_is_refused_before_it_takes_anything(make: MakeEngine) -> N
 
 
 class Vowels:
-    """Any vowels; fails in its fourth mask, or at its fourth token."""
+    """Any vowels; fails in its fourth mask, maybe as it is too much, or at its fourth token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str, so_far: int = 0) -> None:
         self.tokenizer, self.where, self.so_far = tokenizer, where, so_far
@@ -199,6 +215,8 @@ class Vowels:
             row[token // 32] |= np.int32(1 << token % 32)
         if self.where == "fill" and self.so_far == 3:
             raise ZeroDivisionError("in fill")
+        if self.where == "limit" and self.so_far == 3:
+            raise ValueError("too many states")
 
     def accept(self, token: int) -> None:
         self.so_far += 1
@@ -229,8 +247,8 @@ def test_a_backend_that_fails_hurts_its_request_alone(make: MakeEngine) -> None:
     free = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     (alone,) = engine.generate(["free"], free)
     outputs = engine.generate(
-        ["free", "a", "b", "c"],
-        [free, *(guided(8, grammar=where) for where in ("fill", "accept", "never"))],
+        ["free", "a", "b", "c", "d"],
+        [free, *(guided(8, grammar=where) for where in ("fill", "accept", "never", "limit"))],
     )
     assert outputs[0].token_ids == alone.token_ids
     for output, where, count in ((outputs[1], "fill", 3), (outputs[2], "accept", 4)):
@@ -239,6 +257,8 @@ def test_a_backend_that_fails_hurts_its_request_alone(make: MakeEngine) -> None:
         assert output.num_output_tokens == count
     assert (outputs[3].finish_reason, outputs[3].num_output_tokens) == ("length", 8)
     assert set(outputs[1].text + outputs[3].text) <= set("aeiou")
+    assert isinstance(outputs[4].error, InvalidArgument)  # the request's own fault
+    assert (outputs[4].error.field, outputs[4].error.allowed) == ("structured_outputs", "too many states")
 
 
 def test_backends_by_name(make: MakeEngine) -> None:
@@ -246,36 +266,109 @@ def test_backends_by_name(make: MakeEngine) -> None:
         make(grammar_backend="outlines")
 
 
-def test_a_process_takes_in_others_while_it_compiles(make: MakeEngine) -> None:
+class Slow(VowelBackend):
+    """Compiles when it may."""
+
     compiling, go_on = threading.Event(), threading.Event()
+    compiled: list[str] = []  # noqa: RUF012
 
-    class Slow(VowelBackend):
-        def compile(self, kind: Kind, text: str) -> Vowels:
-            compiling.set()
-            assert go_on.wait(60)
-            return super().compile(kind, text)
+    def compile(self, kind: Kind, text: str) -> Vowels:
+        self.compiled.append(text)
+        self.compiling.set()
+        assert self.go_on.wait(60)
+        return super().compile(kind, text)
 
-        @staticmethod
-        @hookimpl
-        def paged_grammar_backend(name: str) -> type[Slow]:
-            return Slow
+    @staticmethod
+    @hookimpl
+    def paged_grammar_backend(name: str) -> type[Slow]:
+        return Slow
 
+
+def submit(name: str, prompt: str | list[int] = "a", grammar: str | None = None, **options: Any) -> Submit:
+    """Of a request that came a second ago."""
+    params = SamplingParams() if grammar is None else guided(grammar=grammar)
+    return Submit(name, prompt, params, RequestOptions(**options), time.monotonic() - 1)
+
+
+@pytest.fixture
+def worker(make: MakeEngine) -> Iterator[Worker]:
+    """Whose engine nobody steps, and whose compiler compiles the request "slow" already."""
+    Slow.compiling.clear()
+    Slow.go_on.clear()
+    Slow.compiled.clear()
     theirs, ours = multiprocessing.Pipe()
-    worker = Worker(theirs)
-    worker._engine = make((Slow,))
+    worker = Worker(theirs, memoryview(bytearray(8)).cast("d"))
+    worker._engine = make((Slow,), max_waiting=3)
     threading.Thread(target=worker._compile, daemon=True).start()
-    worker._obey(Submit("slow", "a", guided(grammar="never"), None))
-    assert compiling.wait(60)
-    worker._obey(Submit("quick", "a", None, None))
-    worker._obey(Abort(["slow", "quick"]))
-    assert [request.request_id for request in worker._submitted] == ["quick"]
-    assert worker._aborted == ["quick"]  # the other one is not there yet
-    go_on.set()
-    with worker._state:
-        assert worker._state.wait_for(lambda: len(worker._aborted) == 2, timeout=60)
-    assert [request.request_id for request in worker._submitted] == ["quick", "slow"]
+    worker._obey(submit("slow", grammar="slow"))
+    assert Slow.compiling.wait(60)
+    yield worker
+    Slow.go_on.set()
     ours.close()
     theirs.close()
+
+
+def said(worker: Worker) -> list[RequestOutput]:
+    outputs: list[RequestOutput] = []
+    while not worker._outbox.empty():
+        outputs += worker._outbox.get()  # type: ignore[arg-type]
+    return outputs
+
+
+def test_a_process_takes_in_others_while_it_compiles(worker: Worker) -> None:
+    worker._obey(submit("quick"))
+    worker._obey(Abort(["quick"]))
+    assert [request.request_id for request in worker._submitted] == ["quick"]
+    assert worker._aborted == ["quick"]
+    Slow.go_on.set()
+    with worker._state:
+        assert worker._state.wait_for(lambda: len(worker._submitted) == 2, timeout=60)
+    assert [request.request_id for request in worker._submitted] == ["quick", "slow"]
+    assert said(worker) == []
+
+
+def test_what_waits_for_the_compiler_waits(worker: Worker) -> None:
+    """And one more is refused before anything is done for it."""
+    worker._obey(submit("quick"))
+    worker._obey(submit("next", grammar="next"))
+    worker._obey(submit("guided", grammar="guided"))
+    worker._obey(submit("free", [-1]))
+    assert [(output.request_id, type(output.error)) for output in said(worker)] == [
+        ("guided", Overloaded),
+        ("free", Overloaded),
+    ]
+    Slow.go_on.set()
+    with worker._state:
+        assert worker._state.wait_for(lambda: len(worker._submitted) == 3, timeout=60)
+    assert Slow.compiled == ["slow", "next"]
+
+
+def test_what_is_aborted_is_not_compiled(worker: Worker) -> None:
+    worker._obey(submit("next", grammar="next"))
+    worker._obey(Abort(["slow", "next", "unknown"]))
+    assert [(output.request_id, output.finish_reason, output.finished) for output in said(worker)] == [
+        ("slow", "abort", True),
+        ("next", "abort", True),
+    ]
+    worker._obey(submit("slow", grammar="again"))
+    Slow.go_on.set()
+    with worker._state:
+        assert worker._state.wait_for(lambda: bool(worker._submitted), timeout=60)
+    assert Slow.compiled == ["slow", "again"]
+    assert [request.request_id for request in worker._submitted] == ["slow"]
+    assert said(worker) == []
+
+
+def test_what_is_too_late_is_not_compiled(worker: Worker) -> None:
+    worker._obey(submit("late", grammar="late", queue_timeout=0.5))
+    worker._obey(submit("next", grammar="next", timeout=60))
+    Slow.go_on.set()
+    with worker._state:
+        assert worker._state.wait_for(lambda: len(worker._submitted) == 2, timeout=60)
+    (late,) = said(worker)
+    assert isinstance(late.error, DeadlineExceeded)
+    assert str(late.error).startswith("queue_timeout=0.5: the request was ended after 1.")
+    assert Slow.compiled == ["slow", "next"]
 
 
 def whole(engine: Engine, texts: list[str], params: list[SamplingParams]) -> list[RequestOutput]:

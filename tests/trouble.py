@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from paged_backend.errors import Overloaded
 from paged_backend.plugins import hookimpl
 from paged_backend.request import Request
 
-FATAL, STUCK, UNPICKLABLE, STRANGER, QUOTA = range(1001, 1006)
+FATAL, STUCK, UNPICKLABLE, STRANGER, QUOTA, TALKATIVE, STUCK_WITH_LOCK = range(1001, 1008)
 DIES_AT_START = "PAGED_BACKEND_TROUBLE_DIES"
 
 
@@ -49,6 +52,12 @@ def paged_request_filter(request: Request) -> None:
         raise UnpicklableError
     if seed == STRANGER:
         raise StrangerError("no such thing")
+    if seed == TALKATIVE:
+        try:
+            raise KeyError("cause")
+        except KeyError:
+            extra = {"request_id": request.request_id, "lock": threading.Lock()}
+            logging.getLogger("paged_backend_trouble").exception("%s of %r", "100 %", threading.Lock, extra=extra)
     if seed == QUOTA:
         raise QuotaExceeded("somebody", 7)
 
@@ -58,6 +67,8 @@ def paged_request_scheduled(request: Request) -> None:
     if request.params.seed == STUCK:
         print("stuck", flush=True)
         time.sleep(1000)
+    if request.params.seed == STUCK_WITH_LOCK:
+        ctypes.PyDLL(None).sleep(1000)  # the interpreter's, which no other thread gets then
 
 
 @hookimpl

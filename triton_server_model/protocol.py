@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from paged_backend.errors import CheckedModel, DeadlineExceeded, EngineDead, InvalidArgument, Overloaded
 from paged_backend.request import RequestOptions, SamplingParams
@@ -17,16 +16,22 @@ if TYPE_CHECKING:
     from paged_backend.intake import Prompt
 
 _NAMES = {name.name: name for name in NAMES}
+_SPOKEN = {name.name: name for name in NAMES if name.parameter}
 _PREFIXES = tuple(name.removesuffix("*") for name in _NAMES if name.endswith("*"))
 _PROMPTS = ("text_input", "prompt_token_ids", "messages")
 _ID_LISTS = ("stop_token_ids", "allowed_token_ids")
 _OBJECTS = ("logit_bias", "structured_outputs")
+_COUNTS = ("logprobs", "prompt_logprobs")
 _NOT_SCALAR = ("stop", "bad_words", *_ID_LISTS, *_OBJECTS)
 _GUIDES = {"json_schema": "json", "regex": "regex", "ebnf_grammar": "grammar"}
 
 
 class Cancelled(Exception):
     """The client cancelled the request or went away."""
+
+
+class Refused(ValueError):
+    """Bad input, in the words of vLLM's backend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,29 +50,21 @@ class Generation:
     prompt_input: str
     """The input tensor that has the prompt."""
     unknown: tuple[str, ...]
-    """Request parameters that mean nothing here."""
+    """Request parameters and keys of `sampling_parameters` that mean nothing here."""
 
 
 def parse_request(inputs: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any], timeout: int = 0) -> Generation:
     """Read one request: the elements of its tensors by name (STRING as bytes), and its request `parameters`.
 
-    `timeout` is Triton's own, in microseconds; 0 is none. Raises ValueError, nearly always an `InvalidArgument`, for
-    any bad input. `protocol_table` has all names.
+    `timeout` is Triton's own, in microseconds; 0 is none. Raises `InvalidArgument` or `Refused` for bad input.
+    `protocol_table` has all names.
     """
     tensors = {name: _value(_NAMES[name], elements) for name, elements in inputs.items()}
     tensors = {name: value for name, value in tensors.items() if value not in ("", [])}
     prompt, prompt_input = _prompt(tensors)
-    known, unknown = {}, []
-    for name, value in parameters.items():
-        if name in _NAMES and _NAMES[name].parameter:
-            known[name] = value
-        elif not name.startswith(_PREFIXES):
-            unknown.append(name)
     spoken = _json(dict, "sampling_parameters", tensors.pop("sampling_parameters", "{}"))
-    for name in spoken:
-        if not name.startswith(_PREFIXES) and not (name in _NAMES and _NAMES[name].parameter):
-            _refuse_unknown(name, spoken[name])
-    fields = _fields(known) | _fields(spoken) | _fields(tensors)
+    unknown = [name for name in {**parameters, **spoken} if not (name in _SPOKEN or name.startswith(_PREFIXES))]
+    fields = _fields(parameters) | _fields(spoken) | _fields(tensors, _NAMES)
 
     wire = WireOptions(**_of(WireOptions, fields))
     params = _completed(SamplingParams(**_guided(wire, _of(SamplingParams, fields))), wire)
@@ -98,7 +95,7 @@ def error_code(error: Exception) -> str:
         # Triton has no code for a deadline: its own queue says UNAVAILABLE of a request whose time is over.
         case Overloaded() | EngineDead() | DeadlineExceeded():
             return "UNAVAILABLE"
-        case ValueError():
+        case InvalidArgument() | Refused():  # no other ValueError: that is a fault of ours
             return "INVALID_ARG"
     return "INTERNAL"
 
@@ -139,7 +136,7 @@ def _prompt(tensors: dict[str, Any]) -> tuple[Prompt, str]:
 
 def _prefix(wire: WireOptions, prompt: Prompt) -> str:
     if wire.stream and wire.exclude_input_in_output is False:
-        raise ValueError("When streaming, `exclude_input_in_output` = False is not allowed.")
+        raise Refused("When streaming, `exclude_input_in_output` = False is not allowed.")
     if isinstance(prompt, str):
         excluded = wire.stream if wire.exclude_input_in_output is None else wire.exclude_input_in_output
         return "" if excluded else prompt
@@ -148,12 +145,15 @@ def _prefix(wire: WireOptions, prompt: Prompt) -> str:
     return ""
 
 
-def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What one place asks for, by field. Raises `InvalidArgument` for what is refused, or there under two names."""
+def _fields(values: Mapping[str, Any], known: Mapping[str, Name] = _SPOKEN) -> dict[str, Any]:
+    """What one place asks for, by field; null is not given.
+
+    Raises `InvalidArgument` for what is refused, or there under two names.
+    """
     fields, names = {}, dict[str, str]()
     for key, value in values.items():
-        name = _NAMES.get(key)
-        if name is None or name.status == "ignored":
+        name = known.get(key)
+        if name is None or value is None or name.status == "ignored":
             continue
         if name.status == "refused":
             if name.asks(value):
@@ -176,6 +176,8 @@ def _of(model: type[CheckedModel], fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _coerced(field: str, value: Any) -> Any:
     """Lists and objects from the scalars that request parameters can be; pydantic does the rest."""
+    if field in _COUNTS and str(value).lower() == "false":  # of Triton's OpenAI front end; it means none, not 0
+        return None
     if field in _OBJECTS and isinstance(value, str):
         return _json(dict, field, value)
     if field in _ID_LISTS and type(value) in (str, int):
@@ -224,10 +226,3 @@ def _json(kind: Any, field: str, text: str) -> Any:
         name = {dict: "object", list: "list"}.get(kind, "list of token ids")
         raise InvalidArgument(field, text, f"must be a JSON {name}")
     return parsed
-
-
-def _refuse_unknown(name: str, value: object) -> NoReturn:
-    served = sorted(known.name for known in NAMES if known.parameter and known.status == "served")
-    close = difflib.get_close_matches(name, served, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(served)}"
-    raise InvalidArgument(name, value, f"unknown key of sampling_parameters; {hint}")

@@ -166,11 +166,11 @@ NAMES = (
     _alias("random_seed", "seed"),
     _alias("num_return_sequences", "n"),
     _alias("max_new_tokens", "max_tokens", "TGI"),
+    _alias("guided_decoding", "structured_outputs", "vLLM"),
     Name("image", "", status="refused", tensor="STRING [-1]", parameter=False),
     Name("embedding_request", "", status="refused", tensor="STRING [1]", parameter=False),
     _refused("best_of", "vLLM", "send n", _NOTHING | {"1"}),
     _refused("use_beam_search", "vLLM", "send beam_width"),
-    _refused("guided_decoding", "vLLM", "send structured_outputs"),
     _refused("detokenize", "vLLM", "return_output_token_ids sends token ids beside the text", _ON | {"none"}),
     _refused("spaces_between_special_tokens", "vLLM", nothing=_ON | {"none"}),
     *(_refused(name, "vLLM") for name in ("lora_name", "logits_processors", "extra_args")),
@@ -253,9 +253,9 @@ object `sampling_parameters`, a request parameter (over HTTP `generate`: any oth
 `parameters`). Two names for one thing in one place are refused.
 
 Numbers and booleans may be strings (`"0.1"`, `"false"`). As request parameters, which are scalars, lists of token ids
-and objects are JSON in a string, and a list of one string is that string; an empty string asks for nothing. In
-`sampling_parameters` an unknown key is refused; as a request parameter it is ignored, logged once, and counted in
-`paged_backend_unknown_parameters_total{name}`, since Triton, proxies and clients put keys of their own there.
+and objects are JSON in a string, and a list of one string is that string; an empty string asks for nothing, and so does
+null in `sampling_parameters`. Unknown names are ignored, logged once, and counted in
+`paged_backend_unknown_parameters_total{name}`: Triton, proxies and clients send keys of their own.
 
 A request has exactly one prompt: `text_input`, `prompt_token_ids` or `messages`. Only `text_input` can be prepended to
 the answer.

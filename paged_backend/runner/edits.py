@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -72,10 +72,7 @@ class LogitsEdits:
             if (allowed := self._allowed_next(request, slot)) is not None:
                 masks[row] = allowed
             biased += [(row, token, value) for token, value in request.params.logit_bias.items()]
-            if request.bad_words:
-                output = request.token_ids[request.num_prompt_tokens :]
-                ends = (word[-1] for word in request.bad_words if _ends_with(output, word[:-1]))
-                forbidden += [(row, token) for token in ends]
+            forbidden += [(row, token) for token in _ends_of_bad_words(request)]
         if masks:
             rows = torch.tensor(list(masks), dtype=torch.int32, device=self._device)
             self._mask(logits, rows, torch.from_numpy(np.stack(list(masks.values()))).to(self._device))
@@ -100,6 +97,29 @@ class LogitsEdits:
 
     def _on_device(self, values: Sequence[int] | Sequence[float]) -> Tensor:
         return torch.tensor(values, device=self._device)
+
+
+def any_allowed(request: Request, vocab_size: int) -> bool:
+    """Whether the masks of `apply` leave the request a next token; slow, as it is asked only of those that got none."""
+    params, words = request.params, np.full(-(-vocab_size // 32), -1, dtype=np.int32)
+    if params.allowed_token_ids is not None:
+        words = _bits(params.allowed_token_ids, vocab_size)
+    if request.grammar is not None:
+        row = np.zeros_like(words)
+        request.grammar.fill(row)
+        words = words & row
+    flags = np.unpackbits(words.view(np.uint8), bitorder="little", count=vocab_size)
+    if request.num_output_tokens < params.min_tokens:
+        flags[list(request.stop_token_ids)] = 0
+    flags[list(_ends_of_bad_words(request))] = 0
+    return bool(flags.any())
+
+
+def _ends_of_bad_words(request: Request) -> Iterator[int]:
+    """Tokens that may not come next."""
+    if request.bad_words:
+        output = request.token_ids[request.num_prompt_tokens :]
+        yield from (word[-1] for word in request.bad_words if _ends_with(output, word[:-1]))
 
 
 def _bits(token_ids: Sequence[int], vocab_size: int) -> npt.NDArray[np.int32]:

@@ -20,7 +20,10 @@ from paged_backend.simulate.reservation import Buddy, FirstFit, ReservingSchedul
 from paged_backend.simulate.shapes import Device, ModelShape
 from paged_backend.simulate.step_time import Roofline, StepTime
 
-_UNUSED = ("dtype", "revision", "trust_remote_code", "attention_backend", "queue_timeout", "timeout")
+_UNUSED = (
+    *("dtype", "revision", "trust_remote_code", "attention_backend", "queue_timeout", "timeout", "step_timeout"),
+    "isolate_tenants",
+)
 
 
 @dataclass(frozen=True, slots=True)

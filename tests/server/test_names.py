@@ -128,7 +128,9 @@ def test_ignored_without_a_word(client: Client) -> None:
 def test_unknown_parameters_are_counted(client: Client) -> None:
     client.settle()
     before = client.metric("unknown_parameters_total", name="tempreature") or 0
+    client.ask(PROMPT, sampling=r'{"\ud800": 1, "max_tokens": 1}')  # no name for a metric
     for _ in range(3):
         client.ask(PROMPT, parameters={"tempreature": 1, "max_tokens": 1})
+        client.ask(PROMPT, sampling={"tempreature": 1, "max_tokens": 1})
     client.settle()
-    assert client.metric("unknown_parameters_total", name="tempreature") == before + 3
+    assert client.metric("unknown_parameters_total", name="tempreature") == before + 6

@@ -18,7 +18,7 @@ from paged_backend.request import RequestOptions, SamplingParams
 from paged_backend.structured_outputs import StructuredOutputs
 from paged_backend.text.chat import Chat
 from tests.server.requests import requests
-from triton_server_model.protocol import Cancelled, Generation, error_code, parse_request
+from triton_server_model.protocol import Cancelled, Generation, Refused, error_code, parse_request
 from triton_server_model.protocol_table import NAMES, document
 from triton_server_model.unknown import UnknownParameters
 
@@ -81,6 +81,15 @@ def test_tensors_go_before_json_and_json_before_parameters() -> None:
         ({"logit_bias": ""}, "logit_bias", {}),
         ({"structured_outputs": '{"regex": "a+"}'}, "structured_outputs", StructuredOutputs(regex="a+")),
         ({"structured_outputs": ""}, "structured_outputs", None),
+        (
+            {"guided_decoding": '{"choice": ["a"], "json": null}'},
+            "structured_outputs",
+            StructuredOutputs(choice=("a",)),
+        ),
+        ({"logprobs": False}, "logprobs", None),
+        ({"logprobs": "false"}, "logprobs", None),
+        ({"logprobs": 0}, "logprobs", 0),
+        ({"prompt_logprobs": False}, "prompt_logprobs", None),
         ({"min_length": "3"}, "min_tokens", 3),
         ({"random_seed": "3"}, "seed", 3),
         ({"num_return_sequences": 3}, "n", 3),
@@ -165,9 +174,48 @@ def test_guides_become_structured_outputs(sent: dict[str, str], guide: dict[str,
         params(structured_outputs='{"regex": "a"}', **sent)
 
 
+VLLM: dict[str, Any] = {
+    **dict.fromkeys(["json", "regex", "choice", "grammar", "json_object", "whitespace_pattern", "structural_tag"]),
+    **dict.fromkeys(["disable_fallback", "disable_any_whitespace", "disable_additional_properties"], False),
+}
+"""`dataclasses.asdict` of what Triton's OpenAI front end makes: vLLM's parameters, and what its older ones have too."""
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("structured_outputs", {"_backend": None, "_backend_was_auto": False}),
+        ("guided_decoding", {"backend": None, "backend_was_auto": False}),
+    ],
+)
+def test_structured_outputs_with_all_of_vllms_fields(name: str, more: dict[str, Any]) -> None:
+    schema = {"type": "object"}
+    wanted = StructuredOutputs(json=schema)
+    for ask in (params, as_json):
+        assert ask(**{name: json.dumps(VLLM | more | {"json": schema})}).structured_outputs == wanted
+    assert as_json(**{name: VLLM | more | {"json": schema}}).structured_outputs == wanted
+    for refused, value in [("structural_tag", "{}"), ("disable_any_whitespace", True), (min(more), "xgrammar")]:
+        with pytest.raises(InvalidArgument, match=f"^structured_outputs.{refused}={value!r}: not supported"):
+            params(**{name: json.dumps(VLLM | more | {"json": schema, refused: value})})
+    with pytest.raises(InvalidArgument, match=r"^structured_outputs=\[\]: must have exactly one of"):
+        params(**{name: json.dumps(VLLM | more)})
+
+
 def test_unknown_parameters_are_told_apart() -> None:
     sent = {"tempreature": 1, "id": "7", "triton_x": 1, "accumulate_tokens": True, "text_input": "no", "n": 1}
     assert parse_request(HI, sent).unknown == ("tempreature", "text_input")
+    inputs = HI | {"sampling_parameters": [json.dumps(sent | {"self": 1, "queue_timeout": 3}).encode()]}
+    generation = parse_request(inputs, {"x": 1, "tempreature": 2})
+    assert generation.unknown == ("x", "tempreature", "text_input", "self", "queue_timeout")
+    assert (generation.prompt, generation.options) == ("hi", RequestOptions())
+
+
+def test_nulls_are_not_given() -> None:
+    for name in NAMES:
+        if name.parameter:
+            assert as_json(**{name.name: None}) == SamplingParams()
+    assert params({"sampling_parameters": [b'{"max_tokens": null, "max_new_tokens": 4}']}, max_tokens=5).max_tokens == 4
+    assert params({"sampling_parameters": [b'{"max_tokens": null}']}, max_tokens=5).max_tokens == 5
 
 
 def test_unknown_parameters_are_counted_in_bounds(caplog: pytest.LogCaptureFixture) -> None:
@@ -196,15 +244,15 @@ def test_document_is_up_to_date() -> None:
 @given(requests(), st.integers(0, 2**63))
 def test_any_request_is_read_or_refused(request_: tuple[dict[str, list[Any]], dict[str, Any]], timeout: int) -> None:
     inputs, parameters = request_
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(InvalidArgument, Refused):
         generation = parse_request(inputs, parameters, timeout)
         assert isinstance(generation.params, SamplingParams)
-        assert set(generation.unknown) <= parameters.keys()
+        assert not set(generation.unknown) & {name.name for name in NAMES if name.parameter}
 
 
 @given(text=st.binary(), sampling=st.binary(), parameters=st.dictionaries(st.text(), st.booleans() | st.text()))
-def test_bad_bytes_only_raise_value_errors(text: bytes, sampling: bytes, parameters: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"sampling_parameters|text_input"):
+def test_bad_bytes_are_refused(text: bytes, sampling: bytes, parameters: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument, match=r"sampling_parameters|text_input"):
         parse_request({"text_input": [text], "sampling_parameters": [b"[" + sampling]}, parameters)
 
 
@@ -216,7 +264,10 @@ def test_bad_bytes_only_raise_value_errors(text: bytes, sampling: bytes, paramet
         (EngineDead("dead"), "UNAVAILABLE"),
         (DeadlineExceeded("timeout=1: too late"), "UNAVAILABLE"),
         (Cancelled(), "CANCELLED"),
+        (Refused("when streaming"), "INVALID_ARG"),
         (ZeroDivisionError(), "INTERNAL"),
+        (ValueError("operands could not be broadcast together"), "INTERNAL"),
+        (FloatingPointError("not finite"), "INTERNAL"),
     ],
 )
 def test_error_codes(error: Exception, code: str) -> None:
