@@ -192,11 +192,14 @@ def peers(
     path = models.resolve(model, config.revision)
     config = config.model_copy(update={"model": str(path), "revision": None})
     console = Console(stderr=True)
-    result = compare(config, chosen, others, threads, repeat, lambda line: console.print(line, style="dim"))
-    if output is not None:
-        write_json(output, result.document())
-    if plot is not None:
-        plots.write_peers(result, plot)
+
+    def keep(result: PeersResult) -> None:  # now: the next workload may fail
+        if output is not None:
+            write_json(output, result.document())
+        if plot is not None:
+            plots.write_peers(result, plot)
+
+    result = compare(config, chosen, others, threads, repeat, lambda line: console.print(line, style="dim"), keep)
     _show_peers(result)
 
 

@@ -196,10 +196,11 @@ def compare(
     threads: int | None,
     repeat: int,
     report: Callable[[str], None] = lambda line: None,
+    keep: Callable[[PeersResult], None] = lambda result: None,
 ) -> PeersResult:
     """Run every workload `repeat` times on our engine of `config`, a local model, and on `peers`, of `PEERS`.
 
-    Each has `threads` threads on as many cores; None: as there are.
+    Each has `threads` threads on as many cores; None: as there are. `keep` is told the result after each workload.
 
     Raises `InvalidArgument` for more threads than cores, and `PagedBackendError` with what a system said if it fails.
     """
@@ -222,13 +223,7 @@ def compare(
                 process = _vllm(model, config.dtype, cores, log)
             stack.callback(process.close)
             processes.append(process)
-        contests = []
-        for workload in workloads:
-            report(workload.name)
-            systems: list[System] = [*processes]
-            series = measure(systems, workload, repeat, report)
-            contests.append(Contest(workload.name, len(workload.requests), workload.unit, series))
-        return PeersResult(
+        result = PeersResult(
             model=Path(model).name,
             dtype=config.dtype,
             threads=threads,
@@ -236,9 +231,17 @@ def compare(
             machine=dataclasses.replace(machine.describe(), threads=threads),
             versions={process.name: process.versions for process in processes},
             ready_seconds={process.name: process.load_seconds for process in processes},
-            idle_cores={process.name: process.idle_cores for process in processes},
-            contests=contests,
+            idle_cores={},
+            contests=[],
         )
+        systems: list[System] = [*processes]
+        for workload in workloads:
+            report(workload.name)
+            series = measure(systems, workload, repeat, report)
+            result.contests.append(Contest(workload.name, len(workload.requests), workload.unit, series))
+            result.idle_cores = {process.name: process.idle_cores for process in processes}
+            keep(result)
+        return result
 
 
 def _vllm(model: str, dtype: str, cores: Sequence[int], log: IO[str]) -> Process:

@@ -129,7 +129,7 @@ def test_decodes(
     assert step["busy"] == pytest.approx(step["kernel_microseconds"] / step["wall_microseconds"])
     assert step["host_microseconds"] == max(0, step["wall_microseconds"] - step["kernel_microseconds"])
     # The compiled kernels are seen, and left as they were.
-    layers, compiled = 2, library.load()
+    layers, compiled = 2, library.load(None)
     assert compiled is not None
     assert (kernels["attention"]["calls"], kernels["activation"]["calls"]) == (layers, layers)
     assert kernels["norms"]["calls"] == 2 * layers + 1
