@@ -48,14 +48,15 @@ def write_scaling(points: Sequence[Point], title: str, path: Path) -> None:
                     xy = [(point.context, point.step_milliseconds) for point in line]
                 axes.plot(*zip(*sorted(xy), strict=True), label=label, **style)
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.grid(color=GRID)
         axes.legend(fontsize=7, frameon=False)
     threads_told = "" if most == 1 else f", thick {most} threads, thin fewer"
     plain(by_rows, "By rows and context" + threads_told, "rows", "output tok/s")
     plain(by_context, "By context and rows" + threads_told, "context", "ms a step")
     by_rows.set_ylim(bottom=0)
-    by_context.set_yscale("log")
+    by_context.set_yscale("log", base=2)
+    for axis in (by_rows.xaxis, by_context.xaxis, by_context.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     save(made, path)
 
 
