@@ -218,8 +218,10 @@ def _show_peers(result: PeersResult) -> None:
                 contest.workload, contest.unit, series.system, *rates, f"{series.median_rate:,.1f}", ratio, ready
             )
         table.add_section()
-    table.caption = "cores kept busy while another one ran: " + ", ".join(
-        f"{name} {cores:.2f}" for name, cores in result.idle_cores.items()
+    idle = ", ".join(f"{name} {cores:.2f}" for name, cores in result.idle_cores.items())
+    others = max(cores for contest in result.contests for cores in contest.other_cores.values())
+    table.caption = (
+        f"cores kept busy while another one ran: {idle}\nby the rest of the machine during runs: {others:.2f}"
     )
     Console().print(table)
 

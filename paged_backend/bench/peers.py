@@ -43,6 +43,8 @@ class Contest:
     unit: str
     series: list[Series]
     """Ours first."""
+    other_cores: dict[str, float]
+    """By system: how many cores the rest of the machine kept busy during its runs. Well above 0, no figure counts."""
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -114,15 +116,22 @@ class Process:
         self.name = _title(system, self.versions)
         self._idle_cpu_seconds = self._idle_seconds = 0.0
         self._idle_since = (time.perf_counter(), self._cpu_seconds())
+        self._run_seconds = self._other_cpu_seconds = 0.0
 
     @property
     def idle_cores(self) -> float:
         """Cores kept busy between commands."""
         return self._idle_cpu_seconds / self._idle_seconds if self._idle_seconds else 0.0
 
+    @property
+    def other_cores(self) -> float:
+        """Cores that other processes kept busy during the runs since the last warm-up."""
+        return self._other_cpu_seconds / self._run_seconds if self._run_seconds else 0.0
+
     def warm_up(self, workload: Workload) -> None:
         """What need not be timed; `run` will be of this workload."""
         self._do("warm_up", workload=asdict(workload))
+        self._run_seconds = self._other_cpu_seconds = 0.0
 
     def reset(self) -> None:
         """Forget what earlier runs left behind."""
@@ -130,7 +139,10 @@ class Process:
 
     def run(self, workload: Workload) -> None:
         """Every request of the workload, whole."""
+        began, busy, own = time.perf_counter(), _busy_seconds(), self._cpu_seconds()
         self._do("run")
+        self._run_seconds += time.perf_counter() - began
+        self._other_cpu_seconds += (_busy_seconds() - busy) - (self._cpu_seconds() - own)
 
     def close(self) -> None:
         """End the process and all that it has started."""
@@ -172,6 +184,12 @@ class Process:
                     times = process.cpu_times()
                     total += times.user + times.system
         return total
+
+
+def _busy_seconds() -> float:
+    """Of all cores, since the machine has started."""
+    times = psutil.cpu_times()
+    return float(sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq", "steal")))
 
 
 def _title(system: str, versions: dict[str, str]) -> str:
@@ -238,7 +256,8 @@ def compare(
         for workload in workloads:
             report(workload.name)
             series = measure(systems, workload, repeat, report)
-            result.contests.append(Contest(workload.name, len(workload.requests), workload.unit, series))
+            others = {process.name: process.other_cores for process in processes}
+            result.contests.append(Contest(workload.name, len(workload.requests), workload.unit, series, others))
             result.idle_cores = {process.name: process.idle_cores for process in processes}
             keep(result)
         return result

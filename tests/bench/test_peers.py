@@ -117,6 +117,7 @@ def test_peers(
     names = {"paged-backend", "vLLM 0.32.0"}
     assert told["ready_seconds"].keys() == told["idle_cores"].keys() == told["versions"].keys() == names
     assert told["versions"]["paged-backend"].keys() >= {"python", "paged-backend", "torch", "transformers"}
+    assert contest["other_cores"].keys() == names
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert f"{contest['ratios']['vLLM 0.32.0']:.2f}x" in capsys.readouterr().out
 
