@@ -219,9 +219,9 @@ def _show_peers(result: PeersResult) -> None:
             )
         table.add_section()
     idle = ", ".join(f"{name} {cores:.2f}" for name, cores in result.idle_cores.items())
-    others = max(cores for contest in result.contests for cores in contest.other_cores.values())
+    elsewhere = max(cores for contest in result.contests for cores in contest.other_cores.values())
     table.caption = (
-        f"cores kept busy while another one ran: {idle}\nby the rest of the machine during runs: {others:.2f}"
+        f"cores kept busy while another one ran: {idle}\nby the rest of the machine during runs: {elsewhere:.2f}"
     )
     Console().print(table)
 
