@@ -218,11 +218,8 @@ def _show_peers(result: PeersResult) -> None:
                 contest.workload, contest.unit, series.system, *rates, f"{series.median_rate:,.1f}", ratio, ready
             )
         table.add_section()
-    idle = ", ".join(f"{name} {cores:.2f}" for name, cores in result.idle_cores.items())
     elsewhere = max(cores for contest in result.contests for cores in contest.other_cores.values())
-    table.caption = (
-        f"cores kept busy while another one ran: {idle}\nby the rest of the machine during runs: {elsewhere:.2f}"
-    )
+    table.caption = f"the rest of the machine kept up to {elsewhere:.2f} cores busy during runs"
     Console().print(table)
 
 

@@ -68,8 +68,6 @@ class PeersResult:
     """By system: of its Python and of the packages that decide its speed."""
     ready_seconds: dict[str, float]
     """By system: from the start of its process until it could serve, with what its caches have from earlier starts."""
-    idle_cores: dict[str, float]
-    """By system: how many cores it kept busy while it had nothing to do and another one ran."""
     contests: list[Contest]
 
     def document(self) -> dict[str, object]:
@@ -82,7 +80,10 @@ class PeersResult:
 
 
 class Process:
-    """A system that `worker.py` runs. A command costs what the system needs, and a line through a pipe."""
+    """A system that `worker.py` runs. A command costs what the system needs, and a line through a pipe.
+
+    Between commands all its processes are stopped: vLLM's would spin for a while, and take time from who is next.
+    """
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            start_new_session=True,  # a group, with all that it starts
+            process_group=0,  # with all that it starts; the kernel ends it when we die while it is stopped
         )
         try:
             answer = self._answer()
@@ -114,14 +115,7 @@ class Process:
         self.settings: dict[str, object] = answer["settings"]
         self.versions: dict[str, str] = answer["versions"]
         self.name = _title(system, self.versions)
-        self._idle_cpu_seconds = self._idle_seconds = 0.0
-        self._idle_since = (time.perf_counter(), self._cpu_seconds())
         self._run_seconds = self._other_cpu_seconds = 0.0
-
-    @property
-    def idle_cores(self) -> float:
-        """Cores kept busy between commands."""
-        return self._idle_cpu_seconds / self._idle_seconds if self._idle_seconds else 0.0
 
     @property
     def other_cores(self) -> float:
@@ -147,23 +141,20 @@ class Process:
     def close(self) -> None:
         """End the process and all that it has started."""
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=30)
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         self._process.wait()
 
     def _do(self, what: str, **fields: object) -> None:
         assert self._process.stdin is not None
-        now, cpu = time.perf_counter(), self._cpu_seconds()
-        self._idle_seconds += now - self._idle_since[0]
-        self._idle_cpu_seconds += cpu - self._idle_since[1]
+        self._signal(signal.SIGCONT)
         with suppress(BrokenPipeError):  # there is no answer then
             print(json.dumps({"do": what} | fields), file=self._process.stdin, flush=True)
         self.settings = self._answer()["settings"]
-        self._idle_since = (time.perf_counter(), self._cpu_seconds())
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -172,8 +163,13 @@ class Process:
             code = self._process.wait()
             self._log.seek(0)
             raise PagedBackendError(f"{self.name} ended with code {code}: {self._log.read().strip()[-2000:]}")
+        self._signal(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def _signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def _cpu_seconds(self) -> float:
         total = 0.0
@@ -249,7 +245,6 @@ def compare(
             machine=dataclasses.replace(machine.describe(), threads=threads),
             versions={process.name: process.versions for process in processes},
             ready_seconds={process.name: process.load_seconds for process in processes},
-            idle_cores={},
             contests=[],
         )
         systems: list[System] = [*processes]
@@ -258,7 +253,6 @@ def compare(
             series = measure(systems, workload, repeat, report)
             others = {process.name: process.other_cores for process in processes}
             result.contests.append(Contest(workload.name, len(workload.requests), workload.unit, series, others))
-            result.idle_cores = {process.name: process.idle_cores for process in processes}
             keep(result)
         return result
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import pytest
 
 from paged_backend import InvalidArgument, cli
@@ -74,7 +75,7 @@ def test_vllm_is_driven_by_a_script_without_this_package(tmp_path: Path) -> None
         process.warm_up(Workload("w", [([1, 2], 3), ([1], 4)]))
         process.reset()
         process.run(Workload("w", []))
-        assert 0 <= process.idle_cores < 0.5
+        assert psutil.Process(process._process.pid).status() == psutil.STATUS_STOPPED
         with pytest.raises(PagedBackendError, match=r"(?s)vLLM 0.32.0 ended with code 1: .*vLLM made 2 of 3 tokens"):
             process.warm_up(Workload("w", [([1] * 8, 3)]))
 
@@ -115,7 +116,7 @@ def test_peers(
     ratio = ours["median_tokens_per_second"] / peer["median_tokens_per_second"]
     assert contest["ratios"] == {"vLLM 0.32.0": pytest.approx(ratio, rel=1e-2, abs=1e-3)}
     names = {"paged-backend", "vLLM 0.32.0"}
-    assert told["ready_seconds"].keys() == told["idle_cores"].keys() == told["versions"].keys() == names
+    assert told["ready_seconds"].keys() == told["versions"].keys() == names
     assert told["versions"]["paged-backend"].keys() >= {"python", "paged-backend", "torch", "transformers"}
     assert contest["other_cores"].keys() == names
     assert plot.read_bytes().startswith(b"\x89PNG")
