@@ -16,10 +16,12 @@ from rich.table import Table
 from paged_backend.bench import shapes, workloads
 from paged_backend.bench.result import ThroughputResult, check_writable
 from paged_backend.errors import InvalidArgument
+from paged_backend.figures import require_matplotlib
 from paged_backend.files import write_json
 from paged_backend.request import SamplingParams
 
 if TYPE_CHECKING:
+    from paged_backend.bench.peers import PeersResult
     from paged_backend.bench.step import StepProfile
 
 app = typer.Typer(help="Measure speed.", no_args_is_help=True)
@@ -149,6 +151,79 @@ def _rate(rate: float, digits: int, result: ThroughputResult) -> str:
 
 
 @app.command()
+def peers(
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"One of {', '.join(workloads.NAMES)}; may be given again. Default: {', '.join(workloads.CPU_SET)}."
+        ),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Local directory, hub id or known name.")] = "smollm2-135m-instruct",
+    dtype: DType = "bfloat16",
+    peer: Annotated[
+        list[str] | None, typer.Option(help="vllm or transformers; may be given again. Default: both.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of each system, on as many cores. Default: all cores.")
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each system, in turns.")] = 5,
+    setting: Setting = None,
+    output: Output = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the result into this PNG file.")] = None,
+) -> None:
+    """Compare with vLLM and transformers' generate on the CPU: each in its own process, all on the same cores in turns.
+
+    vLLM's CPU build has an environment of its own, which `make peers` makes in a checkout.
+    """
+    from paged_backend import models
+    from paged_backend.bench import plots
+    from paged_backend.bench.peers import PEERS, check_peers, compare
+    from paged_backend.config import EngineConfig
+
+    chosen = [workloads.workload(name) for name in workload or workloads.CPU_SET]
+    others = list(dict.fromkeys(peer or PEERS))
+    check_peers(others)
+    check_writable("output", output)
+    check_writable("plot", plot)
+    if plot is not None:
+        require_matplotlib("plot")
+    fields = settings_fields(setting or [], ("model", "dtype", "device"))
+    config = EngineConfig(**{"model": model, "dtype": dtype, "device": "cpu"} | fields)
+    path = models.resolve(model, config.revision)
+    config = config.model_copy(update={"model": str(path), "revision": None})
+    console = Console(stderr=True)
+
+    def keep(result: PeersResult) -> None:  # now: the next workload may fail
+        if output is not None:
+            write_json(output, result.document())
+        if plot is not None:
+            plots.write_peers(result, plot)
+
+    result = compare(config, chosen, others, threads, repeat, lambda line: console.print(line, style="dim"), keep)
+    _show_peers(result)
+
+
+def _show_peers(result: PeersResult) -> None:
+    ours, *others = result.ready_seconds
+    runs = [f"run {turn + 1}" for turn in range(len(result.contests[0].series[0].seconds))]
+    table = Table(title=f"{result.model}, {result.dtype}, {result.threads} threads", caption_justify="left")
+    for name in ("workload", "unit", "system", *runs, "median", f"{ours} is", "ready s"):
+        table.add_column(name, justify="left" if name in ("workload", "unit", "system") else "right")
+    for contest in result.contests:
+        for series in contest.series:
+            rates = [f"{rate:,.1f}" for rate in series.rates]
+            ratio = f"{contest.ratios[series.system]:.2f}x" if series.system in others else ""
+            ready = f"{result.ready_seconds[series.system]:.1f}"
+            table.add_row(
+                contest.workload, contest.unit, series.system, *rates, f"{series.median_rate:,.1f}", ratio, ready
+            )
+        table.add_section()
+    elsewhere = max(cores for contest in result.contests for cores in contest.other_cores.values())
+    table.caption = f"the rest of the machine kept up to {elsewhere:.2f} cores busy during runs"
+    Console().print(table)
+
+
+@app.command()
 def step(
     rows: Annotated[int | None, typer.Option(min=1, max=65536, help="Requests that decode. Default: 1.")] = None,
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of each before. Default: 512.")] = None,
@@ -188,7 +263,7 @@ def step(
             "machine": dataclasses.asdict(machine.describe()),
             "model": Path(model).name,
             "settings": config.model_dump(exclude_defaults=True, exclude={"model"}),
-            "step": dataclasses.asdict(found) | {"busy": found.busy},
+            "step": dataclasses.asdict(found) | {"busy": found.busy, "host_microseconds": found.host_microseconds},
         }
         write_json(output, document)
     _show_step(Path(model).name, found)
@@ -199,7 +274,8 @@ def _show_step(model: str, found: StepProfile) -> None:
     table = Table(title=title, caption_justify="left")
     table.caption = (
         f"wall {found.wall_microseconds:,.0f} us a step, kernels {found.kernel_microseconds:,.0f} us "
-        f"({found.busy:.0%}); a copy moves {found.copy_gb_per_second:,.0f} GB/s"
+        f"({found.busy:.0%}), the host alone {found.host_microseconds:,.0f} us; "
+        f"a copy moves {found.copy_gb_per_second:,.0f} GB/s"
     )
     for name in ("kernels", "calls", "us", "share", "model MB", "GB/s", "of copy"):
         table.add_column(name, justify="left" if name == "kernels" else "right")
@@ -210,6 +286,67 @@ def _show_step(model: str, found: StepProfile) -> None:
         else:
             cells += [f"{each.model_bytes / 1e6:,.2f}", f"{each.gb_per_second:,.0f}", f"{each.of_copy:.0%}"]
         table.add_row(*cells)
+    Console().print(table)
+
+
+@app.command()
+def scaling(
+    threads: Annotated[
+        list[int] | None, typer.Option(min=1, help="May be given again. Default: from 1 to all cores, doubling.")
+    ] = None,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Requests that decode; may be given again. Default: 1, 2, 4, ..., 128."),
+    ] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(min=64, help="Tokens of each; may be given again. Default: 160, 512, 2048, 8000."),
+    ] = None,
+    model: Model = "smollm2-135m-instruct",
+    dtype: DType = "bfloat16",
+    setting: Setting = None,
+    output: Output = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the result into this PNG file.")] = None,
+) -> None:
+    """Measure steps of decodes on the CPU by threads, rows and context; points of too many tokens are left out."""
+    check_writable("output", output)
+    check_writable("plot", plot)
+    if plot is not None:
+        require_matplotlib("plot")
+    fields = settings_fields(setting or [], ("model", "dtype", "device"))
+    from paged_backend import models
+    from paged_backend.bench import machine, plots
+    from paged_backend.bench.scaling import MOST_TOKENS, grid, measure
+    from paged_backend.config import EngineConfig
+
+    here = machine.describe()
+    counts = sorted(set(threads or [*(1 << power for power in range(here.cores.bit_length() - 1)), here.cores]))
+    if counts[-1] > here.cores:
+        raise InvalidArgument("threads", counts[-1], f"at most {here.cores}, the cores of this process")
+    points = grid(rows or [1 << power for power in range(8)], context or [160, 512, 2048, 8000])
+    if not points:
+        raise InvalidArgument("rows", rows, f"at most {MOST_TOKENS} tokens in all rows")
+    defaults: dict[str, object] = {"max_num_seqs": max(count for count, _ in points), "optimize_for": "throughput"}
+    config = EngineConfig(**{"model": model, "dtype": dtype, "device": "cpu"} | defaults | fields)
+    if model not in shapes.SHAPES:
+        path = models.resolve(model, config.revision)
+        config = config.model_copy(update={"model": str(path), "revision": None})
+    console = Console(stderr=True)
+    found = measure(config, counts, points, lambda line: console.print(line, style="dim"))
+    if output is not None:
+        document = {
+            "machine": dataclasses.asdict(here),
+            "model": Path(model).name,
+            "settings": config.model_dump(exclude_defaults=True, exclude={"model"}),
+            "points": [dataclasses.asdict(each) | {"tokens_per_second": each.tokens_per_second} for each in found],
+        }
+        write_json(output, document)
+    if plot is not None:
+        plots.write_scaling(found, f"{Path(model).name}, {dtype}, {here.cpu}", plot)
+    table = Table("threads", "rows", "context", "ms a step", "tok/s", title=f"{Path(model).name}, {dtype}")
+    for each in sorted(found, key=lambda each: (each.threads, each.context, each.rows)):
+        cells = (f"{each.context:,.0f}", f"{each.step_milliseconds:,.1f}", f"{each.tokens_per_second:,.1f}")
+        table.add_row(str(each.threads), str(each.rows), *cells)
     Console().print(table)
 
 

@@ -54,6 +54,9 @@ class HfPeer:
         torch.cuda.empty_cache()
         return self._try(workload, size // 2)
 
+    def reset(self) -> None:
+        """Nothing is left behind."""
+
     def run(self, workload: Workload) -> None:
         """Every request of the workload, whole."""
         self._run(workload, self.batch_size)

@@ -34,6 +34,11 @@ class Series:
         """Tokens per second."""
         return statistics.median(self.rates)
 
+    def document(self) -> dict[str, object]:
+        """What goes into a JSON file."""
+        rates = {"tokens_per_second": [round(rate, 2) for rate in self.rates]}
+        return asdict(self) | rates | {"median_tokens_per_second": round(self.median_rate, 2)}
+
 
 @dataclass(slots=True)
 class ThroughputResult:
@@ -62,9 +67,8 @@ class ThroughputResult:
     def document(self) -> dict[str, object]:
         """What goes into the JSON file."""
         document = asdict(self)
+        document["series"] = [series.document() for series in self.series]
         for series, written in zip(self.series, document["series"], strict=True):
-            written["tokens_per_second"] = [round(rate, 2) for rate in series.rates]
-            written["median_tokens_per_second"] = round(series.median_rate, 2)
             written["ratio"] = round(self.ratio(series), 4)
             if self.anchor is not None:
                 written["ratio_to_anchor"] = round(series.median_rate / self.anchor.highest, 4)

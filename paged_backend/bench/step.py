@@ -8,12 +8,15 @@ import re
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from paged_kernels.attention import LayerSpec
+from paged_kernels.cpu import library
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -33,20 +36,26 @@ STEPS = 20
 _WARM_UP = 3
 _BEFORE = _WARM_UP + STEPS + STEPS // 2  # steps before the middle of those that are profiled
 
-# The first that matches counts. Our kernels by their names, the others by parts of theirs; aten:: is on a CPU.
+# The first that matches counts. Our kernels by their names, the others by parts of theirs; aten::, mkldnn:: and paged_
+# are on a CPU, where attention rotates and caches too.
 _KINDS = (
     ("decode attention", r"_decode"),
     ("shared prefix", r"_shared"),
     ("prefill attention", r"_prefill"),
-    ("attention", r".*(scaled_dot_product|flash|fmha|sdpa).*"),
+    ("attention", r"paged_attention.*|.*(scaled_dot_product|flash|fmha|sdpa).*"),
     (
         "linears",
-        r"_gemv|_few_rows|.*(nvjet|gemm|gemv|cutlass|splitK).*|aten::(mm|addmm|bmm|baddbmm)|mkldnn::_linear_pointwise",
+        r"_gemv|_few_rows|.*(nvjet|gemm|gemv|cutlass|splitK).*|aten::(mm|addmm|bmm|baddbmm)"
+        r"|mkldnn::_linear_pointwise|paged_.*linear.*",
     ),
-    ("norms", r"_add_norm"),
+    ("norms", r"(paged)?_add_norm.*"),
     ("rope and cache", r"_rope_and_write"),
-    ("activation", r"_gated"),
-    ("sampling", r"_summarise|_choose|_add|_penalise|_count"),
+    ("activation", r"(paged)?_gated.*|aten::(silu|gelu)"),
+    (
+        "sampling",
+        r"_summarise|_choose|_add|_penalise|_count|aten::(argmax|max|isfinite|sort|topk|_?softmax|cumsum|exponential_)",
+    ),
+    ("elementwise", r"aten::(add|sub|mul|div|neg|pow|mean|rsqrt|abs|eq|ne)_?"),
     ("step", r"_plan|locate|_apply"),
     ("copies", r"Mem(cpy|set).*|.*copy.*"),
     ("other", r".*"),
@@ -80,12 +89,17 @@ class StepProfile:
     context: float
     """Tokens of a row after it, the mean of the rows."""
     wall_microseconds: float
-    """Without the profiler."""
+    """Without the profiler; on a CPU the median."""
     kernel_microseconds: float
     """Time in which a kernel ran; on a CPU, in the operators of the thread that steps, slowed by the profiler."""
     copy_gb_per_second: float
     """Read and written by a large copy on the same device."""
     kernels: list[Kernels]
+
+    @property
+    def host_microseconds(self) -> float:
+        """Wall time in which no kernel ran: planning, Python, launches."""
+        return max(0.0, self.wall_microseconds - self.kernel_microseconds)
 
     @property
     def busy(self) -> float:
@@ -108,7 +122,7 @@ class _Load(Protocol):
         ...
 
 
-class _Decodes:
+class Decodes:
     """Each of `rows` requests decodes a token a step; halfway through the profile, it is the last of `context`."""
 
     tokens = 1
@@ -120,13 +134,22 @@ class _Decodes:
         self.engine, self.rows, self.context = engine, rows, context
         length = max(1, context - _BEFORE)
         params = SamplingParams(max_tokens=engine.max_model_len, temperature=0, ignore_eos=True)
-        prompts = _prompts(engine, random.Random(0), rows, length)
+        # By row: what is longer begins with what is shorter, for a prefix cache to find.
+        prompts = [_prompts(engine, random.Random(row), 1, length)[0] for row in range(rows)]
         self.lengths = {engine.add_request(prompt, params): length for prompt in prompts}
         while min(self.lengths.values()) == length:
             self._step()
         self.run(_WARM_UP)
 
+    def end(self) -> None:
+        """End the requests; the engine is free again."""
+        for request_id in self.lengths:
+            self.engine.abort(request_id)
+        while self.engine.has_work:
+            self.engine.step()
+
     def run(self, steps: int) -> float:
+        """Run so many steps; returns their seconds."""
         _synchronize(self.engine.model.device)
         began = time.perf_counter()
         for _ in range(steps):
@@ -135,6 +158,7 @@ class _Decodes:
         return time.perf_counter() - began
 
     def starts(self) -> list[int]:
+        """Tokens of each row before the next step."""
         return [length - 1 for length in self.lengths.values()]  # the last is not in the cache yet
 
     def _step(self) -> None:
@@ -194,11 +218,14 @@ def measure(
     device = engine.model.device
     try:
         layers = [layer.spec for layer in probe(engine.model)]
-        load: _Load = _Decodes(engine, rows, context) if prompt_tokens is None else _Prefills(engine, prompt_tokens)
-        seconds = load.run(STEPS)
+        load: _Load = Decodes(engine, rows, context) if prompt_tokens is None else _Prefills(engine, prompt_tokens)
+        if device.type == "cpu":  # where other processes may take time from one or the other step
+            seconds = statistics.median(load.run(1) for _ in range(STEPS)) * STEPS
+        else:
+            seconds = load.run(STEPS)
         first = load.starts()
         activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-        with profile(activities=[activity]) as profiler:
+        with _named_calls(device), profile(activities=[activity]) as profiler:
             load.run(STEPS)
         starts = [round((one + other) / 2) for one, other in zip(first, load.starts(), strict=True)]
         if trace is not None:
@@ -223,6 +250,30 @@ def measure(
         copy_gb_per_second=copy_rate,
         kernels=sorted(kernels, key=lambda kernel: -kernel.microseconds),
     )
+
+
+@contextmanager
+def _named_calls(device: torch.device) -> Iterator[None]:
+    """Calls of the compiled CPU kernels are events of the profiler, by their names."""
+    # Loaded twice: load()'s cache tells these calls apart.
+    asked = (library.load(), library.load(None)) if device.type == "cpu" else ()
+    compiled = [one for one in asked if one is not None]
+    called = [(one, name, each) for one in compiled for name, each in vars(one).items() if name.startswith("paged_")]
+
+    def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            with torch.profiler.record_function(name):
+                return function(*arguments)
+
+        return call
+
+    for one, name, function in called:
+        setattr(one, name, named(name, function))
+    try:
+        yield
+    finally:
+        for one, name, function in called:
+            setattr(one, name, function)
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -29,6 +29,10 @@ class System(Protocol):
         """What need not be timed."""
         ...
 
+    def reset(self) -> None:
+        """Forget what earlier runs left behind; called before each that is timed."""
+        ...
+
     def run(self, workload: Workload) -> None:
         """Every request of the workload, whole; raises if one is not."""
         ...
@@ -49,9 +53,12 @@ class OurEngine:
         """Run the workload once."""
         self.run(workload)
 
-    def run(self, workload: Workload) -> None:
-        """All requests at once, with nothing cached before."""
+    def reset(self) -> None:
+        """Empty the prefix cache."""
         self.engine.reset_prefix_cache()
+
+    def run(self, workload: Workload) -> None:
+        """All requests at once."""
         sampling = {"temperature": workload.temperature, "top_p": workload.top_p, "ignore_eos": True}
         params = [SamplingParams(max_tokens=n, **sampling) for _, n in workload.requests]
         outputs = self.engine.generate([prompt for prompt, _ in workload.requests], params)
@@ -75,6 +82,7 @@ def measure(
         for system, series in zip(systems, every, strict=True):
             report(f"{system.name}: run {turn + 1} of {repeat}")
             gc.collect()
+            system.reset()
             start = time.perf_counter()
             system.run(workload)
             series.seconds.append(time.perf_counter() - start)
@@ -100,7 +108,7 @@ def compare(
         model=Path(name).name if Path(name).exists() else name,
         dtype=config.dtype,
         device=config.device,
-        unit="prompt tok/s" if workload.counts_prompts else "output tok/s",
+        unit=workload.unit,
         measured_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         machine=host,
         anchor=anchor(workload.name, name, host.gpus[0]) if as_the_anchors and host.gpus else None,

@@ -36,6 +36,11 @@ class Workload:
         return all(length == 1 for _, length in self.requests)
 
     @property
+    def unit(self) -> str:
+        """Of tokens per second."""
+        return "prompt tok/s" if self.counts_prompts else "output tok/s"
+
+    @property
     def counted_tokens(self) -> int:
         """Numerator of tokens per second."""
         return self.prompt_tokens if self.counts_prompts else self.output_tokens
@@ -79,6 +84,7 @@ _SETS = {
     "shared16": _cpu_set,
 }
 NAMES = tuple(_SETS)
+CPU_SET = tuple(name for name in NAMES if _SETS[name] is _cpu_set)
 
 
 @functools.cache

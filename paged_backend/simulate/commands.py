@@ -13,6 +13,7 @@ from paged_backend.bench.commands import settings_fields
 from paged_backend.bench.result import check_writable
 from paged_backend.config import EngineConfig
 from paged_backend.errors import CheckedModel, InvalidArgument
+from paged_backend.figures import require_matplotlib
 from paged_backend.simulate.names import ALLOCATORS, PAGED, RESERVATIONS, SHAREGPT_OUTPUT, SHAREGPT_PROMPT
 from paged_backend.simulate.shapes import DEVICES, MODELS, Device, ModelShape
 
@@ -132,7 +133,7 @@ def simulate_command(
     from paged_backend.simulate.trace_csv import read_trace, write_trace
 
     if png is not None:
-        plots.require_matplotlib()
+        require_matplotlib("png")
     measured = None if step_time is None else _measured(step_time)
     modes = dict.fromkeys(reserve or [PAGED])
     setups = [Setup(config, shape, machine, mode, allocator, measured) for config in configs for mode in modes]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from paged_backend.errors import InvalidArgument
+from paged_backend.figures import GRID, INK, figure, plain, save
 from paged_backend.simulate.names import NOISY
 from paged_backend.simulate.report import Report
 from paged_backend.simulate.simulation import Run
@@ -19,13 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _USED, _RESERVED, _INTERNAL, _EXTERNAL = "#2f6f9f", "#8fbcd9", "#e3a857", "#d9d9d9"
-_INK, _GRID = "#333333", "#e8e8e8"
-
-
-def require_matplotlib() -> None:
-    """Raise `InvalidArgument` for `png` where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InvalidArgument("png", "matplotlib", "is not installed; pip install 'paged-backend[bench]'")
 
 
 def write_png(runs: list[Run], reports: list[Report], title: str, path: Path) -> None:
@@ -34,34 +26,17 @@ def write_png(runs: list[Run], reports: list[Report], title: str, path: Path) ->
     Of several that reserve memory differently: how each uses it, and how many requests fit. Of other runs: latencies.
     """
     if len(runs) == 1:
-        figure = _run_figure(runs[0], title)
+        made = _run_figure(runs[0], title)
     elif len({report.reserve for report in reports}) > 1:
-        figure = _memory_figure(reports, title)
+        made = _memory_figure(reports, title)
     else:
-        figure = _latency_figure(runs, reports, title)
-    figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
-
-
-def _figure(width: float, height: float, title: str) -> Figure:
-    from matplotlib.figure import Figure  # the object interface: no display, no global state
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, fontsize=10, color=_INK)
-    return figure
-
-
-def _plain(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, fontsize=10, loc="left", color=_INK)
-    axes.set_xlabel(x, fontsize=9, color=_INK)
-    axes.set_ylabel(y, fontsize=9, color=_INK)
-    axes.tick_params(labelsize=8, colors=_INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
+        made = _latency_figure(runs, reports, title)
+    save(made, path)
 
 
 def _memory_figure(reports: list[Report], title: str) -> Figure:
-    figure = _figure(10, 3.2, title)
-    shares, fit = figure.subplots(1, 2, width_ratios=[2.2, 1], sharey=True)
+    made = figure(10, 3.2, title)
+    shares, fit = made.subplots(1, 2, width_ratios=[2.2, 1], sharey=True)
     names = [report.label for report in reports]
     at = np.arange(len(names))
     left = np.zeros(len(names))
@@ -75,10 +50,10 @@ def _memory_figure(reports: list[Report], title: str) -> Figure:
         shares.barh(at, values, left=left, color=color, label=label, height=0.62)
         for row, value in enumerate(values.tolist()):
             if value >= 3.5:
-                ink = "white" if color == _USED else _INK
+                ink = "white" if color == _USED else INK
                 shares.text(left[row] + value / 2, row, f"{value:.1f}", ha="center", va="center", fontsize=9, color=ink)
         left += values
-    _plain(shares, "KV memory while requests wait for room", "% of KV memory, mean over time", "")
+    plain(shares, "KV memory while requests wait for room", "% of KV memory, mean over time", "")
     shares.set_yticks(at, names)
     shares.set_xlim(0, 100)
     shares.invert_yaxis()
@@ -95,15 +70,15 @@ def _memory_figure(reports: list[Report], title: str) -> Figure:
             ha="right" if inside else "left",
             va="center",
             fontsize=9,
-            color="white" if inside else _INK,
+            color="white" if inside else INK,
         )
-    _plain(fit, "Requests that fit", "running at once, mean over time", "")
-    return figure
+    plain(fit, "Requests that fit", "running at once, mean over time", "")
+    return made
 
 
 def _latency_figure(runs: list[Run], reports: list[Report], title: str) -> Figure:
-    figure = _figure(10, 3.6, title)
-    first, gap = figure.subplots(1, 2)
+    made = figure(10, 3.6, title)
+    first, gap = made.subplots(1, 2)
     for run, report in zip(runs, reports, strict=True):
         trace = run.outcomes.trace
         quiet = np.array([name != NOISY for name in trace.tenants])[trace.tenant]
@@ -113,13 +88,13 @@ def _latency_figure(runs: list[Run], reports: list[Report], title: str) -> Figur
     for axes, name in ((first, "TTFT"), (gap, "TPOT")):
         _finish_cumulative(axes, f"{name}{others}")
         axes.legend(fontsize=8, frameon=False, loc="best")
-    return figure
+    return made
 
 
 def _finish_cumulative(axes: Axes, name: str) -> None:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    _plain(axes, f"{name} (p50 and p99 marked)", "ms", "part of the requests")
+    plain(axes, f"{name} (p50 and p99 marked)", "ms", "part of the requests")
     axes.set_ylim(0, 1.02)
     shown = [np.asarray(line.get_xdata(), dtype=np.float64) for line in axes.lines]
     low, high = min((x[0] for x in shown), default=0.0), max((x[-1] for x in shown), default=0.0)
@@ -127,12 +102,12 @@ def _finish_cumulative(axes: Axes, name: str) -> None:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(color=_GRID)
+    axes.grid(color=GRID)
 
 
 def _run_figure(run: Run, title: str) -> Figure:
-    figure = _figure(10, 6.4, title)
-    (first, gap), (load, memory) = figure.subplots(2, 2)
+    made = figure(10, 6.4, title)
+    (first, gap), (load, memory) = made.subplots(2, 2)
     outcomes, trace = run.outcomes, run.outcomes.trace
     tenants = [(name or "others", trace.tenant == index) for index, name in enumerate(trace.tenants)]
     if not 1 < len(tenants) <= 6:
@@ -147,19 +122,19 @@ def _run_figure(run: Run, title: str) -> Figure:
     replicas = len(run.replicas)
     load.plot(seconds, series["running"], color=_USED, lw=1.2, label="running")
     load.plot(seconds, series["waiting"], color=_INTERNAL, lw=1.2, label="waiting")
-    _plain(load, "Requests" + (f" in {replicas} replicas" if replicas > 1 else ""), "simulated s", "")
+    plain(load, "Requests" + (f" in {replicas} replicas" if replicas > 1 else ""), "simulated s", "")
     load.set_ylim(bottom=0)
-    load.grid(color=_GRID)
+    load.grid(color=GRID)
     load.legend(fontsize=8, frameon=False)
     capacity = run.setup.num_blocks * run.setup.config.block_size * replicas
     parts = [series[name] / capacity * 100 for name in ("used", "reserved", "internal")]
     labels = ["used", "reserved", "internal fragmentation"]
     memory.stackplot(seconds, *parts, labels=labels, colors=[_USED, _RESERVED, _INTERNAL])
-    _plain(memory, "KV memory", "simulated s", "% of KV memory")
+    plain(memory, "KV memory", "simulated s", "% of KV memory")
     memory.set_ylim(0, 100)
-    memory.grid(color=_GRID)
+    memory.grid(color=GRID)
     memory.legend(fontsize=8, frameon=False, loc="upper left")
-    return figure
+    return made
 
 
 def _cumulative(axes: Axes, values: npt.NDArray[np.float64], label: str) -> None:

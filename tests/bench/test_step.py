@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from paged_kernels.attention import LayerSpec
+from paged_kernels.cpu import library
 
 from paged_backend import cli
 from paged_backend.bench.step import _attended, _model_bytes, _times, kind_of
@@ -47,6 +49,11 @@ def bench_step(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>", "copies"),
         ("void at::native::(anonymous namespace)::indexSelectSmallIndex<c10::BFloat16>", "other"),
         ("aten::embedding", "other"),
+        ("paged_attention_bfloat16", "attention"),
+        ("paged_add_norm_bfloat16_float32", "norms"),
+        ("paged_gated_bfloat16", "activation"),
+        ("aten::argmax", "sampling"),
+        ("aten::mul", "elementwise"),
     ],
 )
 def test_kinds(kernel: str, kind: str) -> None:
@@ -120,6 +127,13 @@ def test_decodes(
     assert sum(each["share"] for each in kernels.values()) == pytest.approx(1)
     assert sum(each["microseconds"] for each in kernels.values()) == pytest.approx(step["kernel_microseconds"])
     assert step["busy"] == pytest.approx(step["kernel_microseconds"] / step["wall_microseconds"])
+    assert step["host_microseconds"] == max(0, step["wall_microseconds"] - step["kernel_microseconds"])
+    # The compiled kernels are seen, and left as they were.
+    layers, compiled = 2, library.load(None)
+    assert compiled is not None
+    assert (kernels["attention"]["calls"], kernels["activation"]["calls"]) == (layers, layers)
+    assert kernels["norms"]["calls"] == 2 * layers + 1
+    assert not [name for name, each in vars(compiled).items() if inspect.isfunction(each)]
     linears = kernels["linears"]
     assert linears["calls"] == 2 * 4 + 1
     assert linears["gb_per_second"] == pytest.approx(linears["model_bytes"] / linears["microseconds"] / 1e3)

@@ -73,11 +73,14 @@ def test_systems_run_in_turns(workload: Workload) -> None:
         def warm_up(self, workload: Workload) -> None:
             log.append(f"warm {self.name}")
 
+        def reset(self) -> None:
+            log.append(f"reset {self.name}")
+
         def run(self, workload: Workload) -> None:
             log.append(f"run {self.name}")
 
     series = measure([Logged("a"), Logged("b")], workload, repeat=2)
-    assert log == ["warm a", "warm b", "run a", "run b", "run a", "run b"]
+    assert log == ["warm a", "warm b", *["reset a", "run a", "reset b", "run b"] * 2]
     assert [len(one.seconds) for one in series] == [2, 2]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from paged_backend import InvalidArgument
-from paged_backend.bench.workloads import NAMES, Workload, workload
+from paged_backend.bench.workloads import CPU_SET, NAMES, Workload, workload
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,9 @@ def test_counted_tokens() -> None:
     assert (decode.counts_prompts, decode.counted_tokens) == (False, 6)
     prefill = Workload("prefill", [([1, 2, 3], 1), ([1], 1)])
     assert (prefill.counts_prompts, prefill.counted_tokens) == (True, 4)
+
+
+def test_units() -> None:
+    assert workload("batch32").unit == "output tok/s"
+    assert workload("prefill32").unit == "prompt tok/s"
+    assert CPU_SET == ("batch32", "cpu1", "shared16")
