@@ -69,6 +69,7 @@ class Scratch {
 public:
     T *query, *values, *weights;      // [rows][key_dim], a tile's or block's V, [BLOCK_ROWS][TILE]
     float *scores, *out, *most, *sum;  // [BLOCK_ROWS][TILE], [rows][value_dim], [rows], [rows]
+    float* sums;                       // [rows][LANES], whose sum `sum` is
 
     Scratch(const Step& s, int rows) {
         const int64_t all = (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS, some = std::min<int64_t>(all, BLOCK_ROWS);
@@ -79,6 +80,7 @@ public:
         out = allocate<float>(all * s.value_dim);
         most = allocate<float>(all);
         sum = allocate<float>(all);
+        sums = allocate<float>(all * LANES);
     }
 
 private:
@@ -116,7 +118,7 @@ struct Kernel {
     // One head of a query or key, in float32.
     void turn(T* head, const float* norm, int position) const {
         float x[MOST_DIM];
-        for (int d = 0; d < s.key_dim; d++) x[d] = to_float(head[d]);
+        for (int d = 0; d < s.key_dim; d += LANES) store(x + d, load(head + d));
         if (norm) {
             float squares = 0;
 #pragma omp simd reduction(+ : squares)
@@ -124,14 +126,21 @@ struct Kernel {
             const float factor = 1 / std::sqrt(squares / s.key_dim + s.norm_eps);
             for (int d = 0; d < s.key_dim; d++) x[d] *= factor * norm[d];
         }
-        const int half = s.rotated / 2, step = s.interleaved ? 2 : 1, apart = s.interleaved ? 1 : half;
+        const int half = s.rotated / 2;
         const float *cosines = s.cos_sin + int64_t(position) * s.rotated, *sines = cosines + half;
-        for (int d = 0; d < half; d++) {
-            const float first = x[d * step], second = x[d * step + apart];
-            x[d * step] = first * cosines[d] - second * sines[d];
-            x[d * step + apart] = second * cosines[d] + first * sines[d];
+        const auto rotate = [&](float& first, float& second, int d) {
+            const float turned = first * cosines[d] - second * sines[d];
+            second = second * cosines[d] + first * sines[d];
+            first = turned;
+        };
+        if (s.interleaved) {
+#pragma omp simd
+            for (int d = 0; d < half; d++) rotate(x[2 * d], x[2 * d + 1], d);
+        } else {
+#pragma omp simd
+            for (int d = 0; d < half; d++) rotate(x[d], x[d + half], d);
         }
-        for (int d = 0; d < s.key_dim; d++) store(head + d, x[d]);
+        for (int d = 0; d < s.key_dim; d += LANES) store(head + d, load(x + d));
     }
 
     void prepare(int token, int position) const {
@@ -174,7 +183,7 @@ struct Kernel {
         }
         std::fill_n(scratch.out, int64_t(rows) * s.value_dim, 0.0f);
         std::fill_n(scratch.most, rows, NOTHING);
-        std::fill_n(scratch.sum, rows, 0.0f);
+        std::fill_n(scratch.sums, rows * LANES, 0.0f);
         for (int tile = seen_from / TILE * TILE; tile < seen_to; tile += TILE) {
             const T* tile_values = many ? seen_values(task, tile, TILE, seen_from, seen_to, scratch.values) : nullptr;
             for (int first = 0; first < rows; first += BLOCK_ROWS) {
@@ -191,7 +200,7 @@ struct Kernel {
                     T* weights = scratch.weights + r * TILE;
                     const float shrink = weigh(
                         scratch.scores + r * TILE, own_lo, own_hi, weights, from, to, scratch.most[first + r],
-                        scratch.sum[first + r]
+                        scratch.sums + (first + r) * LANES
                     );
                     if (shrink != 1)
                         for (int d = 0; d < s.value_dim; d += LANES) scale(out + r * s.value_dim + d, shrink);
@@ -207,6 +216,7 @@ struct Kernel {
                 }
             }
         }
+        for (int r = 0; r < rows; r++) scratch.sum[r] = sum_of(load(scratch.sums + r * LANES));
     }
 
     // Scores of `rows` queries for keys lo..hi of a tile, and others next to them.
@@ -223,9 +233,9 @@ struct Kernel {
         }
     }
 
-    // Weights of one row for keys from..to of a tile: 0 but for lo..hi. `most` and `sum` are of all tiles so far.
+    // Weights of one row for keys from..to of a tile: 0 but for lo..hi. `most` and `sums` are of all tiles so far.
     // Returns what earlier results are to be multiplied by.
-    float weigh(float* scores, int lo, int hi, T* weights, int from, int to, float& most, float& sum) const {
+    float weigh(float* scores, int lo, int hi, T* weights, int from, int to, float& most, float* sums) const {
         if (lo >= hi) {
             std::fill(weights + from, weights + to, T{});
             return 1;
@@ -237,20 +247,24 @@ struct Kernel {
                 store(scores + j, softcap / scale * tanh_of(load(scores + j) * (scale / softcap)));
         std::fill(scores + begin, scores + lo, NOTHING);
         std::fill(scores + hi, scores + end, NOTHING);
-        floats tops = all(most);
+        floats tops = all(NOTHING);
         for (int j = begin; j < end; j += LANES) tops = larger(load(scores + j) * scale, tops);
-        const float top = largest(tops);
-        floats total = {};
+        float shrink = 1;
+        if (any_larger(tops, most)) {  // rarely, after the first tiles
+            const float before = most;
+            most = largest(tops);
+            shrink = before == NOTHING ? 0 : exp_of(before - most);
+        }
+        const float top = most * LOG2_E;
+        floats sum = load(sums) * shrink;
         for (int j = begin; j < end; j += LANES) {
-            const floats weight = exp2_of(load(scores + j) * (scale * LOG2_E) - top * LOG2_E);
-            total += weight;
+            const floats weight = exp2_of(load(scores + j) * (scale * LOG2_E) - top);
+            sum += weight;
             store(weights + j, weight);
         }
+        store(sums, sum);
         std::fill(weights + from, weights + lo, T{});
         std::fill(weights + hi, weights + to, T{});
-        const float shrink = most == NOTHING ? 0 : most == top ? 1 : exp_of(most - top);
-        sum = sum * shrink + sum_of(total);
-        most = top;
         return shrink;
     }
 

@@ -1,10 +1,9 @@
 // A vector register of numbers, and arithmetic on it. GCC and Clang make of it what the instructions allow.
 #pragma once
 
-#include "numbers.h"
-#ifdef __AVX512F__
 #include <immintrin.h>
-#endif
+
+#include "numbers.h"
 
 namespace {
 
@@ -26,6 +25,12 @@ inline floats load(const float* from) {
     return x;
 }
 
+inline floats load(const bfloat* from) {
+    halves x;
+    std::memcpy(&x, from, sizeof x);
+    return (floats)(__builtin_convertvector(x, words) << 16);
+}
+
 inline void store(float* to, floats x) { std::memcpy(to, &x, sizeof x); }
 
 inline void store(bfloat* to, floats x) {
@@ -41,11 +46,13 @@ inline void store(bfloat* to, floats x) {
 inline void scale(float* numbers, float factor) { store(numbers, load(numbers) * factor); }
 
 #ifdef __AVX512F__
-inline floats larger(floats x, floats y) { return (floats)_mm512_max_ps((__m512)x, (__m512)y); }
+inline floats larger(floats x, floats y) { return (floats)_mm512_max_ps((__m512)x, (__m512)y); }  // y if one is NaN
+inline bool any_larger(floats x, float y) { return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(y), _CMP_GT_OQ); }
 inline float largest(floats x) { return _mm512_reduce_max_ps((__m512)x); }
 inline float sum_of(floats x) { return _mm512_reduce_add_ps((__m512)x); }
 #else
-inline floats larger(floats x, floats y) { return x > y ? x : y; }
+inline floats larger(floats x, floats y) { return (floats)_mm256_max_ps((__m256)x, (__m256)y); }
+inline bool any_larger(floats x, float y) { return _mm256_movemask_ps((__m256)(x > y)); }
 
 inline float largest(floats x) {
     float most = x[0];
@@ -60,9 +67,9 @@ inline float sum_of(floats x) {
 }
 #endif
 
-// 2 to the power of x, relative error below 2e-7, of numbers from -126 to 127; 2^-126 for less.
+// 2 to the power of x, relative error below 2e-7, of numbers from -126 to 127; 2^-126 for less, NaN for NaN.
 inline floats exp2_of(floats x) {
-    x = larger(x, all(-126.0f));
+    x = larger(all(-126.0f), x);
     const float shift = 12582912.0f;  // 1.5 * 2^23: added to x, it leaves x's integer in the lowest bits
     const floats shifted = x + shift, rest = x - (shifted - shift);
     floats power = rest * 1.327647199e-3f + 9.675541334e-3f;
