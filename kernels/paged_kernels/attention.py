@@ -17,6 +17,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 _GATHER_BYTES = 1 << 28  # of K and V gathered at once
+_CACHE_LINE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,13 +213,15 @@ class ReferenceAttention:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros whose memory, on a CPU, the system provides only when it is first written."""
+    """Zeros; on a CPU, in whole cache lines, whose memory the system provides only when it is first written."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     import numpy as np
 
     nbytes = torch.Size(shape).numel() * dtype.itemsize
-    return torch.from_numpy(np.zeros(nbytes, dtype=np.uint8)).view(dtype).view(shape)
+    memory = np.zeros(nbytes + _CACHE_LINE, dtype=np.uint8)
+    start = -memory.ctypes.data % _CACHE_LINE
+    return torch.from_numpy(memory[start : start + nbytes]).view(dtype).view(shape)
 
 
 def _visible(spec: LayerSpec, query_at: Tensor, key_at: Tensor) -> Tensor:

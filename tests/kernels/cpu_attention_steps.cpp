@@ -5,6 +5,9 @@
 #include <random>
 #include <vector>
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 struct Step {
     void *query, *key, *value;
     void *key_cache, *value_cache, *out;
@@ -24,6 +27,9 @@ extern "C" void paged_attention_float32(const Step*);
 extern "C" void paged_attention_bfloat16(const Step*);
 
 int main() {
+#ifdef __AMX_TILE__
+    syscall(SYS_arch_prctl, 0x1023, 18);  // as library.py asks
+#endif
     std::mt19937 random(7);
     auto pick = [&](int low, int high) { return int(low + random() % (high - low + 1)); };
     int done = 0;

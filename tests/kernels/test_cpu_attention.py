@@ -100,6 +100,47 @@ def test_equals_the_reference(variant: str, feature: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 17])
+def test_edges_of_tiles(variant: str, dtype: torch.dtype, group: int) -> None:
+    """Chunks of every length around those of tiles, after contexts of any; windows and local chunks cut tiles."""
+    rng = random.Random(f"{dtype}{group}")
+    torch.manual_seed(group)
+    kv_heads = 1 if group > 8 else 2
+    counts = [*range(1, 71), 127, 128, 129, 200, 300]
+    rng.shuffle(counts)
+    for some in (counts[i : i + 5] for i in range(0, len(counts), 5)):
+        dims = rng.choice([(32, 32), (48, 80), (64, 64), (80, 80), (96, 64), (128, 128), (256, 256)])
+        spec = LayerSpec(
+            kv_heads * group,
+            kv_heads,
+            *dims,
+            scale=dims[0] ** -0.5,
+            window=rng.choice([None, None, rng.randint(1, 300)]),
+            chunk=rng.choice([None, None, rng.randint(1, 300)]),
+            softcap=rng.choice([None, 2.0]),
+        )
+        rows = [(start, start + count) for count in some for start in [rng.choice([0, rng.randint(1, 600)])]]
+        step = Step(spec, rows, rng.choice([16, 32, 128]), dtype)
+        sinks = rng.choice([None, torch.randn(kv_heads * group)])
+        got, want = step.run(CpuAttention(variant), sinks), step.run(ReferenceAttention(), sinks)
+        tolerance = 1e-5 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_contexts_are_cut_into_pieces(variant: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    spec = LayerSpec(4, 2, 32, 32, scale=0.2)
+    step = Step(spec, [(3000, 3001), (1700, 1704), (2500, 2540), (10, 11)], 16, dtype)
+    sinks = torch.randn(4)
+    got, want = step.run(CpuAttention(variant), sinks), step.run(ReferenceAttention(), sinks)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("feature", ["plain", "window", "chunk"])
 def test_what_nobody_sees_may_be_nan(variant: str, feature: str) -> None:
     torch.manual_seed(1)
@@ -110,7 +151,8 @@ def test_what_nobody_sees_may_be_nan(variant: str, feature: str) -> None:
 
 def test_threads_change_no_bit() -> None:
     torch.manual_seed(2)
-    step = Step(LayerSpec(8, 2, 64, 64, scale=0.125), [(30, 90), (0, 200), (149, 150)] * 3, 16, torch.bfloat16)
+    rows = [(30, 90), (0, 200), (149, 150)] * 3 + [(1800, 1801)]
+    step = Step(LayerSpec(8, 2, 64, 64, scale=0.125), rows, 16, torch.bfloat16)
     threads, outs = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -157,9 +199,16 @@ def test_no_undefined_behaviour(tmp_path: Path) -> None:
     """Random steps in exactly sized buffers, under AddressSanitizer and UndefinedBehaviorSanitizer."""
     program = tmp_path / "steps"
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fopenmp"]
-    instructions = [f"-m{name.replace('_', '')}" for name in library.VARIANTS[VARIANTS[0]]]
     source = Path(__file__).with_name("cpu_attention_steps.cpp")
-    command = ["g++", *flags, *instructions, str(source), str(library.SOURCES[0]), "-o", str(program)]
+    command = [
+        "g++",
+        *flags,
+        *library.instructions(VARIANTS[0]),
+        str(source),
+        str(library.SOURCES[0]),
+        "-o",
+        str(program),
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
     ran = subprocess.run([str(program)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]

@@ -7,27 +7,24 @@
 // for bfloat16 (what one dot-product instruction takes) and P = 1 for float32.
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
-#include "numbers.h"
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+#include "product.h"
 
 namespace {
 
-constexpr int LANES = 16;  // keys whose scores one vector has
-constexpr int TILE = 128;  // keys between two rescalings
-constexpr int ROWS = 8;    // rows of queries that share a load of K or V
-constexpr int MOST_ROWS = 64;   // of a task, unless one query has more
-constexpr int LEAST_KEYS = 512;  // of a task that shares its queries with others
+constexpr int TILE = 128;        // keys between two rescalings
+constexpr int BLOCK_ROWS = 64;   // rows whose scores for a tile are computed at once
+constexpr int MOST_ROWS = 192;   // of a task, unless one query has more
+constexpr int LEAST_KEYS = 512;  // of a piece of a task, for each 8 of its rows
+constexpr int PIECES = 128;      // about as many for a step, if its tasks are long enough to be cut
 constexpr int MOST_DIM = 512;
 constexpr float NOTHING = -INFINITY;
+constexpr float LOG2_E = 1.44269504088896341f;
 
-inline float tanh_of(float x) {
-    float e = exp_of(-2.0f * std::fabs(x));
-    return std::copysign((1.0f - e) / (1.0f + e), x);
+inline floats tanh_of(floats x) {
+    const floats e = exp2_of(x < 0 ? x * (2 * LOG2_E) : x * (-2 * LOG2_E)), magnitude = (1 - e) / (1 + e);
+    return x < 0 ? -magnitude : magnitude;
 }
 
 }  // namespace
@@ -60,30 +57,45 @@ namespace {
 // Some queries of one row, those of one KV head, and the keys that they are to meet.
 struct Task {
     int row, head, first, count, from, to;
+    int parts = 1;     // pieces that it is cut into
+    int64_t kept = 0;  // where the results of a piece are kept until all are there: a row of `Pieces`
 
     int64_t cost() const { return int64_t(count) * (to - from); }
-
-    // One of `parts` pieces of the keys, which may be empty.
-    void narrow(int part, int parts) {
-        const int keys = std::max(LEAST_KEYS, ((to - from + parts - 1) / parts + TILE - 1) / TILE * TILE), end = to;
-        from = std::min(end, from + part * keys);
-        to = std::min(end, from + keys);
-    }
 };
 
-struct Scratch {
-    std::vector<float> query, scores, weights, block;
+// What a thread needs for a task of at most `rows` rows.
+template <class T>
+class Scratch {
+public:
+    T *query, *values, *weights;      // [rows][key_dim], a tile's or block's V, [BLOCK_ROWS][TILE]
+    float *scores, *out, *most, *sum;  // [BLOCK_ROWS][TILE], [rows][value_dim], [rows], [rows]
+    float* sums;                       // [rows][LANES], whose sum `sum` is
 
-    Scratch(const Step& s, int rows)
-        : query(int64_t(rows) * s.key_dim),
-          scores(int64_t(rows) * TILE),
-          weights(int64_t(rows) * TILE),
-          block(int64_t(s.block_size) * s.value_dim) {}
+    Scratch(const Step& s, int rows) {
+        const int64_t all = (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS, some = std::min<int64_t>(all, BLOCK_ROWS);
+        query = allocate<T>(all * s.key_dim);
+        values = allocate<T>(int64_t(TILE) * s.value_dim);
+        weights = allocate<T>(some * TILE);
+        scores = allocate<float>(some * TILE);
+        out = allocate<float>(all * s.value_dim);
+        most = allocate<float>(all);
+        sum = allocate<float>(all);
+        sums = allocate<float>(all * LANES);
+    }
+
+private:
+    std::vector<std::vector<floats>> memory;
+
+    template <class N>
+    N* allocate(int64_t count) {
+        memory.emplace_back((count * sizeof(N) + sizeof(floats) - 1) / sizeof(floats));
+        return reinterpret_cast<N*>(memory.back().data());
+    }
 };
 
 template <class T>
 struct Kernel {
-    static constexpr int P = sizeof(T) == 2 ? 2 : 1;
+    static constexpr int P = PACK<T>;
 
     const Step& s;
     const int group;
@@ -106,7 +118,7 @@ struct Kernel {
     // One head of a query or key, in float32.
     void turn(T* head, const float* norm, int position) const {
         float x[MOST_DIM];
-        for (int d = 0; d < s.key_dim; d++) x[d] = to_float(head[d]);
+        for (int d = 0; d < s.key_dim; d += LANES) store(x + d, load(head + d));
         if (norm) {
             float squares = 0;
 #pragma omp simd reduction(+ : squares)
@@ -114,14 +126,21 @@ struct Kernel {
             const float factor = 1 / std::sqrt(squares / s.key_dim + s.norm_eps);
             for (int d = 0; d < s.key_dim; d++) x[d] *= factor * norm[d];
         }
-        const int half = s.rotated / 2, step = s.interleaved ? 2 : 1, apart = s.interleaved ? 1 : half;
+        const int half = s.rotated / 2;
         const float *cosines = s.cos_sin + int64_t(position) * s.rotated, *sines = cosines + half;
-        for (int d = 0; d < half; d++) {
-            const float first = x[d * step], second = x[d * step + apart];
-            x[d * step] = first * cosines[d] - second * sines[d];
-            x[d * step + apart] = second * cosines[d] + first * sines[d];
+        const auto rotate = [&](float& first, float& second, int d) {
+            const float turned = first * cosines[d] - second * sines[d];
+            second = second * cosines[d] + first * sines[d];
+            first = turned;
+        };
+        if (s.interleaved) {
+#pragma omp simd
+            for (int d = 0; d < half; d++) rotate(x[2 * d], x[2 * d + 1], d);
+        } else {
+#pragma omp simd
+            for (int d = 0; d < half; d++) rotate(x[d], x[d + half], d);
         }
-        for (int d = 0; d < s.key_dim; d++) store(head + d, x[d]);
+        for (int d = 0; d < s.key_dim; d += LANES) store(head + d, load(x + d));
     }
 
     void prepare(int token, int position) const {
@@ -144,194 +163,128 @@ struct Kernel {
         }
     }
 
-    // Scores of `rows` queries, [rows][key_dim], with LANES keys of a block from `at` on.
-    template <int R>
-    void score(const T* query, const T* key, float* out, int stride) const {
-#ifdef __AVX512BF16__
-        if constexpr (P == 2) {
-            __m512 sum[R];
-            for (int r = 0; r < R; r++) sum[r] = _mm512_setzero_ps();
-            const int pairs = s.key_dim / 2;
-            const uint32_t* q = reinterpret_cast<const uint32_t*>(query);
-            for (int d = 0; d < pairs; d++) {
-                __m512bh k = (__m512bh)_mm512_loadu_si512(key + int64_t(d) * s.block_size * 2);
-                for (int r = 0; r < R; r++)
-                    sum[r] = _mm512_dpbf16_ps(sum[r], k, (__m512bh)_mm512_set1_epi32(int(q[r * pairs + d])));
-            }
-            for (int r = 0; r < R; r++) _mm512_storeu_ps(out + r * stride, sum[r]);
-            return;
-        }
-#endif
-        float sum[R][LANES] = {};
-        for (int d = 0; d < s.key_dim; d += P) {
-            const T* k = key + int64_t(d) * s.block_size;
-            for (int r = 0; r < R; r++) {
-                if constexpr (P == 2) {
-                    const float q0 = to_float(query[r * s.key_dim + d]), q1 = to_float(query[r * s.key_dim + d + 1]);
-                    const uint32_t* pairs = reinterpret_cast<const uint32_t*>(k);
-#pragma omp simd
-                    for (int i = 0; i < LANES; i++) sum[r][i] += q0 * low(pairs[i]) + q1 * high(pairs[i]);
-                } else {
-                    const float q = query[r * s.key_dim + d];
-#pragma omp simd
-                    for (int i = 0; i < LANES; i++) sum[r][i] += q * k[i];
-                }
-            }
-        }
-        for (int r = 0; r < R; r++) std::memcpy(out + r * stride, sum[r], sizeof sum[r]);
-    }
-
-    // Adds to `out` [rows][value_dim] what `rows` queries take of `count` keys; `weights` is [rows][TILE].
-    template <int R>
-    void take(const T* value, const T* weights, int count, float* out) const {
-        for (int d = 0; d < s.value_dim; d += LANES) {
-#ifdef __AVX512BF16__
-            if constexpr (P == 2) {
-                __m512 sum[R];
-                for (int r = 0; r < R; r++) sum[r] = _mm512_loadu_ps(out + r * s.value_dim + d);
-                for (int j = 0; j < count; j += 2) {
-                    __m512bh v = (__m512bh)_mm512_loadu_si512(value + int64_t(j) * s.value_dim + d * 2);
-                    for (int r = 0; r < R; r++) {
-                        int32_t pair;
-                        std::memcpy(&pair, weights + r * TILE + j, 4);
-                        sum[r] = _mm512_dpbf16_ps(sum[r], v, (__m512bh)_mm512_set1_epi32(pair));
-                    }
-                }
-                for (int r = 0; r < R; r++) _mm512_storeu_ps(out + r * s.value_dim + d, sum[r]);
-                continue;
-            }
-#endif
-            float sum[R][LANES];
-            for (int r = 0; r < R; r++) std::memcpy(sum[r], out + r * s.value_dim + d, sizeof sum[r]);
-            for (int j = 0; j < count; j += P) {
-                const T* v = value + int64_t(j) * s.value_dim + d * P;
-                for (int r = 0; r < R; r++) {
-                    const float w = to_float(weights[r * TILE + j]);
-                    if constexpr (P == 2) {
-                        const float w1 = to_float(weights[r * TILE + j + 1]);
-                        const uint32_t* pairs = reinterpret_cast<const uint32_t*>(v);
-#pragma omp simd
-                        for (int i = 0; i < LANES; i++) sum[r][i] += w * low(pairs[i]) + w1 * high(pairs[i]);
-                    } else {
-#pragma omp simd
-                        for (int i = 0; i < LANES; i++) sum[r][i] += w * v[i];
-                    }
-                }
-            }
-            for (int r = 0; r < R; r++) std::memcpy(out + r * s.value_dim + d, sum[r], sizeof sum[r]);
-        }
-    }
-
-    template <class F>
-    static void by_rows(int rows, F&& f) {
-        for (int r = 0; r < rows; r += ROWS) {
-            switch (std::min(ROWS, rows - r)) {
-                case 1: f(std::integral_constant<int, 1>(), r); break;
-                case 2: f(std::integral_constant<int, 2>(), r); break;
-                case 3: f(std::integral_constant<int, 3>(), r); break;
-                case 4: f(std::integral_constant<int, 4>(), r); break;
-                case 5: f(std::integral_constant<int, 5>(), r); break;
-                case 6: f(std::integral_constant<int, 6>(), r); break;
-                case 7: f(std::integral_constant<int, 7>(), r); break;
-                default: f(std::integral_constant<int, 8>(), r);
-            }
-        }
-    }
-
     // First position that the query at `position` sees.
     int first_seen(int position) const {
         int first = s.window ? std::max(0, position - s.window + 1) : 0;
         return s.chunk ? std::max(first, position / s.chunk * s.chunk) : first;
     }
 
-    void attend(const Task& task, Scratch& scratch, float* out, float* most, float* sum) const {
+    // What a task's queries take of its keys: `out`, `most` and `sum` of scratch.
+    void attend(const Task& task, Scratch<T>& scratch) const {
         const int rows = task.count * group, position = s.starts[task.row] + task.first;
-        const int32_t* table = s.tables + int64_t(task.row) * s.table_width;
+        const bool many = rows > ROWS;    // then V is copied: its blocks become one of a whole tile
+        const int unit = many ? 32 : 16;  // keys whose V is multiplied at once
         const int seen_from = std::max(task.from, first_seen(position));
         const int seen_to = std::min(task.to, position + task.count);
-        T* query = reinterpret_cast<T*>(scratch.query.data());
         for (int r = 0; r < rows; r++) {
             const int64_t token = s.offsets[task.row] + task.first + r / group, head = task.head * group + r % group;
             const T* from = static_cast<const T*>(s.query) + token * s.query_strides[0] + head * s.query_strides[1];
-            std::memcpy(query + r * s.key_dim, from, sizeof(T) * s.key_dim);
+            std::memcpy(scratch.query + r * s.key_dim, from, sizeof(T) * s.key_dim);
         }
-        std::fill(out, out + rows * s.value_dim, 0.0f);
-        std::fill(most, most + rows, NOTHING);
-        std::fill(sum, sum + rows, 0.0f);
-        float* scores = scratch.scores.data();
-        T* weights = reinterpret_cast<T*>(scratch.weights.data());
-        for (int tile = task.from; tile < seen_to; tile += TILE) {
-            const int end = std::min(tile + TILE, seen_to);
-            if (end <= seen_from) continue;
-            for (int at = tile; at < end; at += s.block_size) {
-                const T* block = keys(table[at / s.block_size], task.head);
-                if (rows <= ROWS && at + 2 * s.block_size < seen_to) {
-                    const int next = table[at / s.block_size + 2];
-                    fetch(keys(next, task.head), key_block);
-                    fetch(values(next, task.head), value_block);
+        std::fill_n(scratch.out, int64_t(rows) * s.value_dim, 0.0f);
+        std::fill_n(scratch.most, rows, NOTHING);
+        std::fill_n(scratch.sums, rows * LANES, 0.0f);
+        for (int tile = seen_from / TILE * TILE; tile < seen_to; tile += TILE) {
+            const T* tile_values = many ? seen_values(task, tile, TILE, seen_from, seen_to, scratch.values) : nullptr;
+            for (int first = 0; first < rows; first += BLOCK_ROWS) {
+                const int some = std::min(BLOCK_ROWS, rows - first), last = first + some - 1;
+                const int lo = std::max({tile, seen_from, first_seen(position + first / group)}) - tile;
+                const int hi = std::min({tile + TILE, seen_to, position + last / group + 1}) - tile;
+                if (lo >= hi) continue;
+                score(task, tile, lo, hi, some, scratch.query + first * s.key_dim, seen_to, scratch.scores);
+                const int from = lo / unit * unit, to = (hi + unit - 1) / unit * unit;
+                float* out = scratch.out + int64_t(first) * s.value_dim;
+                for (int r = 0; r < some; r++) {
+                    const int own = position + (first + r) / group;
+                    const int own_lo = std::max(first_seen(own) - tile, lo), own_hi = std::min(own + 1 - tile, hi);
+                    T* weights = scratch.weights + r * TILE;
+                    const float shrink = weigh(
+                        scratch.scores + r * TILE, own_lo, own_hi, weights, from, to, scratch.most[first + r],
+                        scratch.sums + (first + r) * LANES
+                    );
+                    if (shrink != 1)
+                        for (int d = 0; d < s.value_dim; d += LANES) scale(out + r * s.value_dim + d, shrink);
                 }
-                for (int lane = 0; lane < s.block_size && at + lane < end; lane += LANES)
-                    by_rows(rows, [&](auto R, int r) {
-                        score<R()>(query + r * s.key_dim, block + lane * P, scores + r * TILE + at + lane - tile, TILE);
-                    });
-            }
-            for (int r = 0; r < rows; r++) {
-                const int own = position + r / group;
-                const int lo = std::clamp(first_seen(own), tile, end) - tile;
-                const int hi = std::clamp(own + 1, tile + lo, end) - tile;
-                const float before = most[r];
-                weigh(scores + r * TILE, lo, hi, weights + r * TILE, most[r], sum[r]);
-                if (before != most[r] && before != NOTHING) {
-                    const float shrink = exp_of(before - most[r]);
-#pragma omp simd
-                    for (int d = 0; d < s.value_dim; d++) out[r * s.value_dim + d] *= shrink;
+                const int together = many ? TILE : s.block_size;
+                for (int at = from / together * together; at < to; at += together) {
+                    const int begin = std::max(from, at), count = std::min(to, at + together) - begin;
+                    const T* values = many ? tile_values : seen_values(task, tile + at, together, seen_from, seen_to, scratch.values);
+                    product(
+                        some, s.value_dim, scratch.weights + begin, TILE, values + (begin - at) * s.value_dim,
+                        s.value_dim * P, count, out, s.value_dim, true
+                    );
                 }
             }
-            for (int at = tile; at < end; at += s.block_size) {
-                if (at + s.block_size <= seen_from) continue;
-                const T* block = values(table[at / s.block_size], task.head);
-                // What nobody sees may be anything, even NaN, which no weight of 0 removes.
-                if (at < seen_from || at + s.block_size > seen_to)
-                    block = seen_only(block, seen_from - at, seen_to - at, scratch);
-                by_rows(rows, [&](auto R, int r) {
-                    take<R()>(block, weights + r * TILE + at - tile, s.block_size, out + r * s.value_dim);
-                });
+        }
+        for (int r = 0; r < rows; r++) scratch.sum[r] = sum_of(load(scratch.sums + r * LANES));
+    }
+
+    // Scores of `rows` queries for keys lo..hi of a tile, and others next to them.
+    void score(const Task& task, int tile, int lo, int hi, int rows, const T* query, int seen_to, float* scores) const {
+        const int32_t* table = s.tables + int64_t(task.row) * s.table_width;
+        for (int j = lo / 16 * 16; j < hi; j += 16) {
+            const int block = (tile + j) / s.block_size, lane = (tile + j) % s.block_size;
+            if (rows <= ROWS && lane == 0 && (block + 2) * s.block_size < seen_to) {
+                fetch(keys(table[block + 2], task.head), key_block);
+                fetch(values(table[block + 2], task.head), value_block);
             }
+            const T* key = keys(table[block], task.head) + lane * P;
+            product(rows, 16, query, s.key_dim, key, s.block_size * P, s.key_dim, scores + j, TILE, false);
         }
     }
 
-    // Weights of one row's keys lo..hi of a tile, 0 for the others; `most` and `sum` are of all tiles so far.
-    void weigh(float* scores, int lo, int hi, T* weights, float& most, float& sum) const {
-        float top = most;
-        if (s.softcap) {
-            const float inner = s.scale / s.softcap;
-#pragma omp simd
-            for (int j = lo; j < hi; j++) scores[j] = s.softcap * tanh_of(scores[j] * inner);
-        } else {
-#pragma omp simd
-            for (int j = lo; j < hi; j++) scores[j] *= s.scale;
+    // Weights of one row for keys from..to of a tile: 0 but for lo..hi. `most` and `sums` are of all tiles so far.
+    // Returns what earlier results are to be multiplied by.
+    float weigh(float* scores, int lo, int hi, T* weights, int from, int to, float& most, float* sums) const {
+        if (lo >= hi) {
+            std::fill(weights + from, weights + to, T{});
+            return 1;
         }
-#pragma omp simd reduction(max : top)
-        for (int j = lo; j < hi; j++) top = std::max(top, scores[j]);
-        float total = 0;
-#pragma omp simd reduction(+ : total)
-        for (int j = lo; j < hi; j++) {
-            scores[j] = exp_of(scores[j] - top);
-            total += scores[j];
+        const int begin = lo / LANES * LANES, end = (hi + LANES - 1) / LANES * LANES;
+        const float scale = s.scale, softcap = s.softcap;
+        if (softcap)
+            for (int j = begin; j < end; j += LANES)
+                store(scores + j, softcap / scale * tanh_of(load(scores + j) * (scale / softcap)));
+        std::fill(scores + begin, scores + lo, NOTHING);
+        std::fill(scores + hi, scores + end, NOTHING);
+        floats tops = all(NOTHING);
+        for (int j = begin; j < end; j += LANES) tops = larger(load(scores + j) * scale, tops);
+        float shrink = 1;
+        if (any_larger(tops, most)) {  // rarely, after the first tiles
+            const float before = most;
+            most = largest(tops);
+            shrink = before == NOTHING ? 0 : exp_of(before - most);
         }
-        for (int j = 0; j < lo; j++) scores[j] = 0;
-        for (int j = hi; j < TILE; j++) scores[j] = 0;
-        for (int j = 0; j < TILE; j++) store(weights + j, scores[j]);
-        sum = (most == NOTHING ? 0.0f : sum * exp_of(most - top)) + total;
-        most = top;
+        const float top = most * LOG2_E;
+        floats sum = load(sums) * shrink;
+        for (int j = begin; j < end; j += LANES) {
+            const floats weight = exp2_of(load(scores + j) * (scale * LOG2_E) - top);
+            sum += weight;
+            store(weights + j, weight);
+        }
+        store(sums, sum);
+        std::fill(weights + from, weights + lo, T{});
+        std::fill(weights + hi, weights + to, T{});
+        return shrink;
     }
 
-    const T* seen_only(const T* block, int from, int to, Scratch& scratch) const {
-        T* copy = reinterpret_cast<T*>(scratch.block.data());
-        std::memcpy(copy, block, sizeof(T) * value_block);
-        for (int j = 0; j < s.block_size; j++)
-            if (j < from || j >= to)
+    // V of keys from `first` on, as one block: where it is, or a copy with zeros for keys that nobody sees. Those may be
+    // anything, even NaN, which no weight of 0 removes.
+    const T* seen_values(const Task& task, int first, int count, int from, int to, T* copy) const {
+        const int32_t* table = s.tables + int64_t(task.row) * s.table_width;
+        if (count == s.block_size && from <= first && first + count <= to)
+            return values(table[first / s.block_size], task.head);
+        for (int at = first; at < first + count; at += s.block_size)
+            if (from < at + s.block_size && at < to)
+                std::memcpy(
+                    copy + (at - first) * s.value_dim, values(table[at / s.block_size], task.head), sizeof(T) * value_block
+                );
+        const auto clear = [&](int begin, int end) {
+            for (int j = std::max(begin - first, 0); j < std::min(end - first, count); j++)
                 for (int d = 0; d < s.value_dim; d++) copy[(j / P * s.value_dim + d) * P + j % P] = T{};
+        };
+        clear(from / 32 * 32, from);
+        clear(to, (to + 31) / 32 * 32);
         return copy;
     }
 
@@ -359,72 +312,90 @@ struct Kernel {
                     for (int d = 0; d < s.value_dim; d++) all[d] += share * here[d];
             }
             T* to = static_cast<T*>(s.out) + (token * s.heads + head) * s.value_dim;
-            for (int d = 0; d < s.value_dim; d++) store(to + d, all[d] / total);
+            for (int d = 0; d < s.value_dim; d += LANES) store(to + d, load(all + d) / total);
         }
     }
 };
 
-// The queries of a step, cut up by KV head and by rows of at most MOST_ROWS.
-template <class T>
-std::vector<Task> cut_up(const Kernel<T>& kernel) {
-    const Step& s = kernel.s;
-    const int most = std::max(1, MOST_ROWS / kernel.group);
-    std::vector<Task> tasks;
-    for (int row = 0; row < s.rows; row++)
-        for (int first = 0; first < s.counts[row]; first += most) {
-            const int count = std::min(most, s.counts[row] - first), position = s.starts[row] + first;
-            const int from = kernel.first_seen(position) / s.block_size * s.block_size;
-            for (int head = 0; head < s.kv_heads; head++)
-                tasks.push_back({row, head, first, count, from, position + count});
+// The work of a step: tasks of one KV head and at most MOST_ROWS rows, cut into pieces where their keys are many.
+struct Work {
+    std::vector<Task> pieces, cut;  // the most expensive first; the tasks that became several pieces
+    int most_rows = 0;
+    int64_t kept_rows = 0;
+
+    template <class T>
+    explicit Work(const Kernel<T>& kernel) {
+        const Step& s = kernel.s;
+        const int most = std::max(1, MOST_ROWS / kernel.group);
+        int64_t total = 0;
+        std::vector<Task> tasks;
+        for (int row = 0; row < s.rows; row++)
+            for (int first = 0; first < s.counts[row]; first += most) {
+                const int count = std::min(most, s.counts[row] - first), position = s.starts[row] + first;
+                const int from = kernel.first_seen(position) / TILE * TILE;
+                most_rows = std::max(most_rows, count * kernel.group);
+                for (int head = 0; head < s.kv_heads; head++) {
+                    tasks.push_back({row, head, first, count, from, position + count});
+                    total += tasks.back().cost();
+                }
+            }
+        for (const Task& task : tasks) add(task, kernel.group, total);
+        std::stable_sort(pieces.begin(), pieces.end(), [](const Task& a, const Task& b) { return a.cost() > b.cost(); });
+    }
+
+private:
+    // How a task is cut does not depend on the number of threads: nor do the bits of results.
+    void add(Task task, int group, int64_t total) {
+        const int64_t keys = task.to - task.from, rows = task.count * group;
+        const int64_t least = LEAST_KEYS * std::max<int64_t>(1, rows / 8);
+        const int64_t part = (std::max(least, total / PIECES / task.count) + TILE - 1) / TILE * TILE;
+        task.parts = int((keys + part - 1) / part);
+        task.kept = kept_rows;
+        if (task.parts > 1) {
+            cut.push_back(task);
+            kept_rows += task.parts * rows;
         }
-    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost() > b.cost(); });
-    return tasks;
-}
+        const int each = int((keys + task.parts - 1) / task.parts + TILE - 1) / TILE * TILE;
+        for (Task piece = task; piece.from < task.to; piece.from = piece.to, piece.kept += rows) {
+            piece.to = std::min(piece.from + each, task.to);
+            pieces.push_back(piece);
+        }
+    }
+};
 
 template <class T>
 void run(const Step& s) {
     const Kernel<T> kernel(s);
-    const std::vector<Task> tasks = cut_up(kernel);
-    const int count = int(tasks.size());
-    // Few tasks share out their keys, so that every thread has some.
-    const int parts = count >= 2 * s.threads ? 1 : (4 * s.threads + count - 1) / count;
-    int rows = 0;
-    for (const Task& task : tasks) rows = std::max(rows, task.count * kernel.group);
-    std::vector<float> out, most, sum;
-    if (parts > 1) {
-        out.resize(int64_t(count) * parts * rows * s.value_dim);
-        most.resize(int64_t(count) * parts * rows);
-        sum.resize(most.size());
-    }
+    const Work work(kernel);
+    const int pieces = int(work.pieces.size()), cut = int(work.cut.size());
+    std::vector<float> out(work.kept_rows * s.value_dim), most(work.kept_rows, NOTHING), sum(work.kept_rows);
 #pragma omp parallel num_threads(s.threads)
     {
-        Scratch scratch(s, rows);
+        Scratch<T> scratch(s, work.most_rows);
+        [[maybe_unused]] const TileRegisters registers;
 #pragma omp for schedule(static)
         for (int token = 0; token < s.tokens; token++) {
             const int row = int(std::upper_bound(s.offsets, s.offsets + s.rows, token) - s.offsets) - 1;
             kernel.prepare(token, s.starts[row] + token - s.offsets[row]);
             kernel.write(token);
         }
-        if (parts == 1) {
-            std::vector<float> own(int64_t(rows) * s.value_dim), own_most(rows), own_sum(rows);
 #pragma omp for schedule(dynamic)
-            for (int i = 0; i < count; i++) {
-                kernel.attend(tasks[i], scratch, own.data(), own_most.data(), own_sum.data());
-                kernel.finish(tasks[i], 1, own.data(), own_most.data(), own_sum.data());
+        for (int i = 0; i < pieces; i++) {
+            const Task& piece = work.pieces[i];
+            const int rows = piece.count * kernel.group;
+            kernel.attend(piece, scratch);
+            if (piece.parts == 1) {
+                kernel.finish(piece, 1, scratch.out, scratch.most, scratch.sum);
+            } else {
+                std::copy_n(scratch.out, int64_t(rows) * s.value_dim, &out[piece.kept * s.value_dim]);
+                std::copy_n(scratch.most, rows, &most[piece.kept]);
+                std::copy_n(scratch.sum, rows, &sum[piece.kept]);
             }
-        } else {
+        }
 #pragma omp for schedule(dynamic)
-            for (int i = 0; i < count * parts; i++) {
-                Task task = tasks[i / parts];
-                const int64_t n = task.count * kernel.group, at = int64_t(i / parts) * parts * rows + i % parts * n;
-                task.narrow(i % parts, parts);
-                kernel.attend(task, scratch, &out[at * s.value_dim], &most[at], &sum[at]);
-            }
-#pragma omp for schedule(dynamic)
-            for (int i = 0; i < count; i++) {
-                const int64_t at = int64_t(i) * parts * rows;
-                kernel.finish(tasks[i], parts, &out[at * s.value_dim], &most[at], &sum[at]);
-            }
+        for (int i = 0; i < cut; i++) {
+            const int64_t at = work.cut[i].kept;
+            kernel.finish(work.cut[i], work.cut[i].parts, &out[at * s.value_dim], &most[at], &sum[at]);
         }
     }
 }
