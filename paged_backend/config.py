@@ -36,6 +36,9 @@ class EngineConfig(CheckedModel):
     """Run Python code shipped inside the model folder."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights and KV cache. "auto" is what the checkpoint says."""
+    quantization: Literal["int8"] | None = None
+    """int8: on a CPU, round weights of linear layers to 8 bits, with a scale an output, and their inputs as they come,
+    with a scale a token. For models that can be fused. None computes in `dtype`."""
     device: str = "auto"
     """torch device, such as "cpu" or "cuda:1". "auto" is the first CUDA device, else the CPU."""
 
@@ -110,6 +113,8 @@ class EngineConfig(CheckedModel):
                 self.max_num_batched_tokens,
                 f"must be at least max_num_seqs={self.max_num_seqs}, so that every decode fits",
             )
+        if self.quantization is not None and not self.fuse:
+            raise InvalidArgument("quantization", self.quantization, "needs fuse=True")
         return self
 
     @property

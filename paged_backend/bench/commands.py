@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from paged_backend.bench.peers import PeersResult
     from paged_backend.bench.step import StepProfile
 
-app = typer.Typer(help="Measure speed.", no_args_is_help=True)
+app = typer.Typer(help="Measure speed, and accuracy.", no_args_is_help=True)
 
 Model = Annotated[
     str,
@@ -384,6 +384,37 @@ def start(
             "model": Path(model).name,
             "settings": config.model_dump(exclude_defaults=True, exclude={"model"}),
             "starts": [dataclasses.asdict(each) for each in starts],
+        }
+        write_json(output, document)
+    Console().print(table)
+
+
+@app.command()
+def accuracy(
+    model: Annotated[str, typer.Option(help="Local directory, hub id or known name.")] = "smollm2-135m-instruct",
+    setting: Setting = None,
+    output: Output = None,
+) -> None:
+    """Measure what bfloat16 and int8 change of the log-probabilities of a fixed text, on the CPU."""
+    check_writable("output", output)
+    fields = {"device": "cpu"} | settings_fields(setting or [], ("model", "dtype", "quantization"))
+    from paged_backend import models
+    from paged_backend.bench import machine
+    from paged_backend.bench.accuracy import measure
+
+    found = measure(str(models.resolve(model)), fields)
+    names = ("tokens", "mean logprob", "difference", "mean deviation", "same likeliest")
+    table = Table("format", *names, title=f"{Path(model).name}, against {found[0].dtype}")
+    for each in found:
+        name = f"{each.dtype} {each.quantization}" if each.quantization else each.dtype
+        means = f"{each.mean_logprob:.4f}", f"{each.difference:+.4f}", f"{each.mean_deviation:.4f}"
+        table.add_row(name, str(each.tokens), *means, f"{each.same_likeliest:.1%}")
+    if output is not None:
+        document = {
+            "machine": dataclasses.asdict(machine.describe()),
+            "model": Path(model).name,
+            "settings": {name: str(value) for name, value in fields.items()},
+            "formats": [dataclasses.asdict(each) for each in found],
         }
         write_json(output, document)
     Console().print(table)

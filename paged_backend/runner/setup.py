@@ -13,7 +13,7 @@ from paged_kernels.attention import AttentionBackend
 from paged_kernels.sampling import sample
 
 from paged_backend.config import EngineConfig
-from paged_backend.errors import UnsupportedModel
+from paged_backend.errors import InvalidArgument, UnsupportedModel
 from paged_backend.runner.cache import KVCache
 from paged_backend.runner.check import rehearse, verify
 from paged_backend.runner.model import PagedModel
@@ -53,7 +53,10 @@ def with_defaults_of(backend: AttentionBackend, config: EngineConfig) -> EngineC
 def make_model(
     config: EngineConfig, model: PreTrainedModel, backend: AttentionBackend, max_positions: int
 ) -> PagedModel:
-    """The model over a paged cache. Raises `UnsupportedModel` where that cannot be."""
+    """The model over a paged cache. Raises `UnsupportedModel` where that cannot be, and `InvalidArgument`."""
+    quantization = config.quantization
+    if quantization is not None and model.device.type != "cpu":
+        raise InvalidArgument("quantization", quantization, f"is for CPUs; the model is on {model.device}")
     paged = PagedModel(model, backend)
     try:
         layer_kernels = None
@@ -61,8 +64,11 @@ def make_model(
             layer_kernels = backend.layer_kernels(
                 [layer.spec for layer in paged.layers], config.block_size, paged.dtype
             )
+        if quantization is not None and not hasattr(getattr(layer_kernels, "Linears", None), "quantize"):
+            reason = "needs the compiled CPU kernels, and float32 or bfloat16, block sizes and heads that they support"
+            raise InvalidArgument("quantization", quantization, reason)
         if layer_kernels is not None:
-            _fuse(paged, config.block_size, max_positions, layer_kernels)
+            _fuse(paged, config.block_size, max_positions, layer_kernels, quantization is not None)
         if paged.fused is None:
             verify(paged, config.block_size)
     except BaseException:
@@ -71,7 +77,7 @@ def make_model(
     return paged
 
 
-def _fuse(paged: PagedModel, block_size: int, max_positions: int, layer_kernels: ModuleType) -> None:
+def _fuse(paged: PagedModel, block_size: int, max_positions: int, layer_kernels: ModuleType, quantize: bool) -> None:
     from paged_backend.runner.fused import NotFusable
 
     name = type(paged.model).__name__
@@ -82,7 +88,13 @@ def _fuse(paged: PagedModel, block_size: int, max_positions: int, layer_kernels:
 
             compile_ahead(lambda: rehearse(paged, block_size), paged.device)
         verify(paged, block_size)
+        if quantize:
+            assert paged.fused is not None
+            paged.fused.linears.quantize()
+            rehearse(paged, block_size)  # so that no request waits until the weights are quantised
     except (NotFusable, UnsupportedModel) as reason:
+        if quantize:
+            raise UnsupportedModel(f"{name} cannot be quantised, since it cannot be fused: {reason}") from reason
         logger.warning("%s runs without fused kernels, and slower: %s", name, reason)
         paged.fused = None
 

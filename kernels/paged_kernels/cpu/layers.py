@@ -9,23 +9,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paged_kernels.cpu import library
+from paged_kernels.cpu import int8
+from paged_kernels.cpu.call import call
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _FEW = 32  # rows that packing is made for; more use the same packed weights
 
 
 class Linears:
-    """Linear layers. In bfloat16, oneDNN gets the weights in the layout it likes: copies, made at their first use."""
+    """Linear layers over copies of the weights, made at their first use.
+
+    In bfloat16, oneDNN gets the weights in the layout it likes. Once quantised, they are int8, and so are the inputs.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.own = False
         """There is no other way to compute one row."""
+        self._quantized = False
         self._packed: dict[int, Tensor] = {}
         """By address of the weight."""
+        self._integers: dict[int, int8.Weight] = {}
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """As `F.linear`."""
+        if self._quantized:
+            return int8.linear(x, self._integers_of(weight), bias)
         if weight.dtype != torch.bfloat16:
             return F.linear(x, weight, bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._pack(weight), bias, "none", [], "")
@@ -37,9 +45,21 @@ class Linears:
             packed = self._packed[weight.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight, _FEW)
         return packed
 
+    def _integers_of(self, weight: Tensor) -> int8.Weight:
+        integers = self._integers.get(weight.data_ptr())
+        if integers is None:
+            integers = self._integers[weight.data_ptr()] = int8.pack(*int8.quantize(weight))
+        return integers
+
+    def quantize(self) -> None:
+        """From now on, multiply int8 weights and inputs."""
+        self._quantized = True
+        self.forget()
+
     def forget(self) -> None:
         """Weights have changed: pack them anew."""
         self._packed.clear()
+        self._integers.clear()
 
     def gate_up(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Literal["silu", "gelu_tanh", "gelu"]
@@ -51,7 +71,7 @@ class Linears:
             return (F.gelu(gate) * up).to(x.dtype)
         tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(tokens, inner)
-        _call(f"paged_gated_{_NAMES[x.dtype]}", gate_up, out, tokens, inner, activation == "gelu_tanh")
+        call(f"paged_gated_{_NAMES[x.dtype]}", gate_up, out, tokens, inner, activation == "gelu_tanh")
         return out
 
 
@@ -66,19 +86,5 @@ def add_norm(
     """
     out = torch.empty_like(residual)
     name = f"paged_add_norm_{_NAMES[residual.dtype]}_{_NAMES[weight.dtype]}"
-    _call(name, x, residual, weight, post_weight, out, *residual.shape, ctypes.c_float(eps))
+    call(name, x, residual, weight, post_weight, out, *residual.shape, ctypes.c_float(eps))
     return out
-
-
-def _call(name: str, *arguments: Tensor | int | ctypes.c_float | None) -> None:
-    kernels = library.load()
-    assert kernels is not None
-    converted = [
-        ctypes.c_void_p(argument.data_ptr())
-        if isinstance(argument, Tensor)
-        else ctypes.c_int64(argument)
-        if isinstance(argument, int)
-        else argument
-        for argument in arguments
-    ]
-    getattr(kernels, name)(*converted, torch.get_num_threads())
