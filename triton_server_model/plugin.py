@@ -101,7 +101,7 @@ def serve(
     front = None if openai is None else OpenAIServer(host, openai, server.address("grpc"), api_key)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for ending in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal too must not leave the server behind
-        signal.signal(ending, lambda number, frame: signal.raise_signal(signal.SIGINT))
+        signal.signal(ending, signal.default_int_handler)  # also where SIGINT is ignored, as in a script's background
     try:
         with ExitStack() as stack:
             with console.status("starting tritonserver"):

@@ -78,7 +78,7 @@ def test_vllm_arguments() -> None:
     ("arguments", "message"),
     [
         ({"enable_lora": True}, "enable_lora=True: only False is supported"),
-        ({"quantization": "awq"}, "quantization='awq': no such argument of vLLM's is supported"),
+        ({"speculative_config": {}}, "speculative_config={}: no such argument of vLLM's is supported"),
         ({"tokenizer": "org/other"}, "tokenizer='org/other': no such argument of vLLM's is supported"),
     ],
 )

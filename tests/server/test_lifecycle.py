@@ -124,7 +124,8 @@ class Cli:
 
 def test_serve_until_sigterm(tiny_llama_dir: Path, tmp_path: Path) -> None:
     arguments = ["--dtype", "float32", "--device", "cpu", "--kv-cache", "1MiB", "--tensorrt-llm"]
-    cli = Cli(tmp_path, "--model", str(tiny_llama_dir), *arguments)
+    in_background = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # as in a script
+    cli = Cli(tmp_path, "--model", str(tiny_llama_dir), *arguments, setup=in_background)
     shown = []
     for line in cli.process.stdout:
         shown.append(line)
