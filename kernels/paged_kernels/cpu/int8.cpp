@@ -170,6 +170,7 @@ void linear(
 ) {
     const int64_t depth = (width + DEPTH - 1) / DEPTH * DEPTH, blocks = (outputs + BLOCK - 1) / BLOCK;
     const int64_t tasks = blocks * ((tokens + CHUNK - 1) / CHUNK);
+    if (kind == TILES && tokens == 1) kind = VNNI;  // a tenth faster there
     const Product product = kind == TILES ? product_tiles : kind == VNNI ? product_vnni : product_avx2;
 #pragma omp parallel num_threads(threads)
     {
@@ -191,10 +192,17 @@ void linear(
                     const int32_t *high = sums[0][token], *low = sums[1][token];
                     T* to = out + (first + token) * outputs + column;
                     const float factor = factors[first + token];
+                    float values[BLOCK];
 #pragma omp simd
-                    for (int64_t i = 0; i < columns; i++) {
-                        const float sum = (high[i] + low[i] * (1 / LOW)) * scales[column + i] * factor;
-                        store(to + i, bias ? sum + to_float(bias[column + i]) : sum);
+                    for (int64_t i = 0; i < BLOCK; i++)
+                        values[i] = (float(high[i]) + float(low[i]) * (1 / LOW)) * scales[column + i] * factor;
+                    if (bias)
+                        for (int64_t i = 0; i < columns; i++) values[i] += to_float(bias[column + i]);
+                    if (columns == BLOCK) {
+#pragma omp simd
+                        for (int64_t i = 0; i < BLOCK; i++) store(to + i, values[i]);
+                    } else {
+                        for (int64_t i = 0; i < columns; i++) store(to + i, values[i]);
                     }
                 }
             }
