@@ -37,8 +37,8 @@ class EngineConfig(CheckedModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights and KV cache. "auto" is what the checkpoint says."""
     quantization: Literal["int8"] | None = None
-    """int8: on a CPU, round weights of linear layers to 8 bits, with a scale an output, and their inputs as they come,
-    with a scale a token. For models that can be fused. None computes in `dtype`."""
+    """int8: on a CPU, round the weights of linear layers to int8, with a scale an output. For models that can be fused.
+    None computes in `dtype`."""
     device: str = "auto"
     """torch device, such as "cpu" or "cuda:1". "auto" is the first CUDA device, else the CPU."""
 

@@ -1,5 +1,5 @@
-// Linear layers of int8 weights and activations, on CPUs: see int8.py. Sums of products are exact int32, so the three
-// ways to compute them agree in every bit.
+// Linear layers of int8 weights, on CPUs: see int8.py. Each activation is two int8, a high and a low half. Sums of
+// products are exact int32, so the three ways to compute them agree in every bit.
 
 #include "numbers.h"
 
@@ -15,19 +15,22 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 32;  // rows, and outputs, of one product: two tiles each
+constexpr int64_t BLOCK = 32;  // outputs of one product: two tiles
+constexpr int64_t TOKENS = 16;  // of one product: a tile of their high halves, and one of their low halves
 constexpr int64_t DEPTH = 64;  // inputs of a tile
-constexpr int64_t CHUNK = 256;  // rows that meet all weights before the next do: they stay in the L2 cache
+constexpr int64_t CHUNK = 128;  // tokens that meet all weights before the next do: they stay in the L2 cache
+constexpr float LOW = 254;  // steps of the low half in one of the high half
 
 enum Kind : int64_t { AVX2, VNNI, TILES };
 
-// out [BLOCK, BLOCK] = x [rows, depth] times a block of weights, [depth / DEPTH, 2, DEPTH / 4, 16, 4]: of each 64 inputs
-// those of 16 outputs, then those of 16 others, four inputs beside each other. Rows from `rows` on are not defined.
-using Product = void (*)(const int8_t* x, int64_t rows, const int8_t* weight, int64_t depth, int32_t* out);
+// out [2, TOKENS, BLOCK] = x [2, TOKENS, depth] times a block of weights, [depth / DEPTH, 2, DEPTH / 4, 16, 4]: of each
+// 64 inputs those of 16 outputs, then those of 16 others, four inputs beside each other. Tokens from `tokens` on are not
+// defined.
+using Product = void (*)(const int8_t* x, int64_t tokens, const int8_t* weight, int64_t depth, int32_t* out);
 
 #ifdef PAGED_HAS_TILES
 __attribute__((target("amx-tile,amx-int8"))) void product_tiles(
-    const int8_t* x, int64_t rows, const int8_t* weight, int64_t depth, int32_t* out
+    const int8_t* x, int64_t, const int8_t* weight, int64_t depth, int32_t* out
 ) {
     _tile_zero(0);
     _tile_zero(1);
@@ -35,19 +38,18 @@ __attribute__((target("amx-tile,amx-int8"))) void product_tiles(
     _tile_zero(3);
     for (int64_t k = 0; k < depth; k += DEPTH, weight += DEPTH * BLOCK) {
         _tile_loadd(4, x + k, depth);
+        _tile_loadd(5, x + TOKENS * depth + k, depth);
         _tile_loadd(6, weight, 64);
         _tile_loadd(7, weight + DEPTH * 16, 64);
         _tile_dpbssd(0, 4, 6);
         _tile_dpbssd(1, 4, 7);
-        if (rows <= 16) continue;
-        _tile_loadd(5, x + 16 * depth + k, depth);
         _tile_dpbssd(2, 5, 6);
         _tile_dpbssd(3, 5, 7);
     }
     _tile_stored(0, out, 4 * BLOCK);
     _tile_stored(1, out + 16, 4 * BLOCK);
-    _tile_stored(2, out + 16 * BLOCK, 4 * BLOCK);
-    _tile_stored(3, out + 16 * BLOCK + 16, 4 * BLOCK);
+    _tile_stored(2, out + TOKENS * BLOCK, 4 * BLOCK);
+    _tile_stored(3, out + TOKENS * BLOCK + 16, 4 * BLOCK);
 }
 
 // All tiles have 16 rows of 64 bytes. Static, since GCC believes that only the first bytes of a configuration are read.
@@ -74,60 +76,70 @@ inline int32_t four(const int8_t* x) {
 }
 
 // vpdpbusd multiplies unsigned with signed bytes: x + 128, of which 128 times the sum of the weights is taken off.
-template <int ROWS>
-__attribute__((target("avx512f,avx512bw,avx512vnni"))) void rows_vnni(
+template <int COUNT>
+__attribute__((target("avx512f,avx512bw,avx512vnni"))) void tokens_vnni(
     const int8_t* x, const int8_t* weight, int64_t depth, int32_t* out
 ) {
-    __m512i sums[ROWS][2], offset[2];
-    for (auto& row : sums) row[0] = row[1] = _mm512_setzero_si512();
-    offset[0] = offset[1] = _mm512_setzero_si512();
+    __m512i sums[2][COUNT][2], offset[2];
+    for (int i = 0; i < 2; i++) {
+        offset[i] = _mm512_setzero_si512();
+        for (auto& plane : sums)
+            for (auto& token : plane) token[i] = _mm512_setzero_si512();
+    }
     const __m512i half = _mm512_set1_epi8(int8_t(0x80));
     for (int64_t k = 0; k < depth; k += 4) {
         const int8_t* at = weight + k / DEPTH * DEPTH * BLOCK + k % DEPTH * 16;
         const __m512i w[2] = {_mm512_loadu_si512(at), _mm512_loadu_si512(at + DEPTH * 16)};
         for (int i = 0; i < 2; i++) offset[i] = _mm512_dpbusd_epi32(offset[i], half, w[i]);
-        for (int row = 0; row < ROWS; row++) {
-            const __m512i bytes = _mm512_xor_si512(_mm512_set1_epi32(four(x + row * depth + k)), half);
-            for (int i = 0; i < 2; i++) sums[row][i] = _mm512_dpbusd_epi32(sums[row][i], bytes, w[i]);
-        }
+        for (int plane = 0; plane < 2; plane++)
+            for (int token = 0; token < COUNT; token++) {
+                const __m512i four_x = _mm512_set1_epi32(four(x + (plane * TOKENS + token) * depth + k));
+                const __m512i bytes = _mm512_xor_si512(four_x, half);
+                for (int i = 0; i < 2; i++)
+                    sums[plane][token][i] = _mm512_dpbusd_epi32(sums[plane][token][i], bytes, w[i]);
+            }
     }
-    for (int row = 0; row < ROWS; row++)
-        for (int i = 0; i < 2; i++)
-            _mm512_storeu_si512(out + row * BLOCK + i * 16, _mm512_sub_epi32(sums[row][i], offset[i]));
+    for (int plane = 0; plane < 2; plane++)
+        for (int token = 0; token < COUNT; token++)
+            for (int i = 0; i < 2; i++) {
+                const __m512i sum = _mm512_sub_epi32(sums[plane][token][i], offset[i]);
+                _mm512_storeu_si512(out + (plane * TOKENS + token) * BLOCK + i * 16, sum);
+            }
 }
 
-void product_vnni(const int8_t* x, int64_t rows, const int8_t* weight, int64_t depth, int32_t* out) {
-    int64_t row = 0;
-    for (; row + 8 <= rows; row += 8) rows_vnni<8>(x + row * depth, weight, depth, out + row * BLOCK);
-    for (; row + 2 <= rows; row += 2) rows_vnni<2>(x + row * depth, weight, depth, out + row * BLOCK);
-    for (; row < rows; row++) rows_vnni<1>(x + row * depth, weight, depth, out + row * BLOCK);
+void product_vnni(const int8_t* x, int64_t tokens, const int8_t* weight, int64_t depth, int32_t* out) {
+    int64_t token = 0;
+    for (; token + 4 <= tokens; token += 4) tokens_vnni<4>(x + token * depth, weight, depth, out + token * BLOCK);
+    for (; token < tokens; token++) tokens_vnni<1>(x + token * depth, weight, depth, out + token * BLOCK);
 }
 
 // vpmaddubsw multiplies unsigned with signed bytes and saturates sums of two at 32767: |x| times w with the sign of x
 // keeps below, at 2 * 127 * 127.
 __attribute__((target("avx2"))) void product_avx2(
-    const int8_t* x, int64_t rows, const int8_t* weight, int64_t depth, int32_t* out
+    const int8_t* x, int64_t tokens, const int8_t* weight, int64_t depth, int32_t* out
 ) {
     const __m256i ones = _mm256_set1_epi16(1);
-    for (int64_t row = 0; row < rows; row++, x += depth, out += BLOCK) {
+    for (int64_t row = 0; row < 2 * TOKENS; row++) {
+        if (row % TOKENS >= tokens) continue;
         __m256i sums[4];
         for (auto& sum : sums) sum = _mm256_setzero_si256();
         for (int64_t k = 0; k < depth; k += 4) {
             const int8_t* at = weight + k / DEPTH * DEPTH * BLOCK + k % DEPTH * 16;
-            const __m256i bytes = _mm256_set1_epi32(four(x + k)), size = _mm256_abs_epi8(bytes);
+            const __m256i bytes = _mm256_set1_epi32(four(x + row * depth + k)), size = _mm256_abs_epi8(bytes);
             for (int i = 0; i < 4; i++) {
                 const __m256i w = _mm256_loadu_si256((const __m256i*)(at + i / 2 * DEPTH * 16 + i % 2 * 32));
                 const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(w, bytes));
                 sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, ones));
             }
         }
-        for (int i = 0; i < 4; i++) _mm256_storeu_si256((__m256i*)(out + i * 8), sums[i]);
+        for (int i = 0; i < 4; i++) _mm256_storeu_si256((__m256i*)(out + row * BLOCK + i * 8), sums[i]);
     }
 }
 
-// x [width] to int8 `out` [depth], zero beyond width; returns what to multiply them with, NaN if any x is no number.
+// x [width] is about (high + low / LOW) times what is returned, NaN if any x is no number; both are [depth], zero beyond
+// width.
 template <class T>
-float quantize(const T* x, int8_t* out, int64_t width, int64_t depth) {
+float quantize(const T* x, int8_t* high, int8_t* low, int64_t width, int64_t depth) {
     int32_t largest = 0;  // as bits: floats without sign are ordered as integers are, NaN above all
 #pragma omp simd reduction(max : largest)
     for (int64_t i = 0; i < width; i++) {
@@ -140,41 +152,58 @@ float quantize(const T* x, int8_t* out, int64_t width, int64_t depth) {
     std::memcpy(&size, &largest, 4);
     const float factor = size > 1e-30f && size < INFINITY ? 127 / size : 0;
 #pragma omp simd
-    for (int64_t i = 0; i < width; i++) out[i] = int8_t(int32_t(std::nearbyint(to_float(x[i]) * factor)));
-    std::memset(out + width, 0, depth - width);
+    for (int64_t i = 0; i < width; i++) {
+        const float steps = to_float(x[i]) * factor, whole = std::nearbyint(steps);
+        high[i] = int8_t(int32_t(whole));
+        low[i] = int8_t(int32_t(std::nearbyint((steps - whole) * LOW)));
+    }
+    std::memset(high + width, 0, depth - width);
+    std::memset(low + width, 0, depth - width);
     return size < INFINITY ? size / 127 : NAN;
 }
 
-// See linear in int8.py. `quantized` [rows rounded up to 16 or BLOCK, depth] and `factors` [rows] are scratch.
+// See linear in int8.py. `quantized` [tokens / TOKENS rounded up, 2, TOKENS, depth] and `factors` [tokens] are scratch.
 template <class T>
 void linear(
     const T* x, const int8_t* weight, const float* scales, const T* bias, T* out, int8_t* quantized, float* factors,
-    int64_t rows, int64_t width, int64_t outputs, int64_t kind, int threads
+    int64_t tokens, int64_t width, int64_t outputs, int64_t kind, int threads
 ) {
     const int64_t depth = (width + DEPTH - 1) / DEPTH * DEPTH, blocks = (outputs + BLOCK - 1) / BLOCK;
-    const int64_t tasks = blocks * ((rows + CHUNK - 1) / CHUNK);
+    const int64_t tasks = blocks * ((tokens + CHUNK - 1) / CHUNK);
+    if (kind == TILES && tokens == 1) kind = VNNI;  // a tenth faster there
     const Product product = kind == TILES ? product_tiles : kind == VNNI ? product_vnni : product_avx2;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row++)
-            factors[row] = quantize(x + row * width, quantized + row * depth, width, depth);
+        for (int64_t token = 0; token < tokens; token++) {
+            int8_t* high = quantized + (token / TOKENS * 2 * TOKENS + token % TOKENS) * depth;
+            factors[token] = quantize(x + token * width, high, high + TOKENS * depth, width, depth);
+        }
         if (kind == TILES) begin_tiles();
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; task++) {
-            const int64_t begin = task / blocks * CHUNK, end = std::min(rows, begin + CHUNK);
+            const int64_t begin = task / blocks * CHUNK, end = std::min(tokens, begin + CHUNK);
             const int64_t block = task % blocks, column = block * BLOCK, columns = std::min(BLOCK, outputs - column);
-            alignas(64) int32_t sums[BLOCK * BLOCK];
-            for (int64_t first = begin; first < end; first += BLOCK) {
-                const int64_t count = std::min(BLOCK, end - first);
-                product(quantized + first * depth, count, weight + block * BLOCK * depth, depth, sums);
-                for (int64_t row = 0; row < count; row++) {
-                    const int32_t* from = sums + row * BLOCK;
-                    T* to = out + (first + row) * outputs + column;
-                    const float factor = factors[first + row];
+            alignas(64) int32_t sums[2][TOKENS][BLOCK];
+            for (int64_t first = begin; first < end; first += TOKENS) {
+                const int64_t count = std::min(TOKENS, end - first);
+                product(quantized + first * 2 * depth, count, weight + block * BLOCK * depth, depth, sums[0][0]);
+                for (int64_t token = 0; token < count; token++) {
+                    const int32_t *high = sums[0][token], *low = sums[1][token];
+                    T* to = out + (first + token) * outputs + column;
+                    const float factor = factors[first + token];
+                    float values[BLOCK];
 #pragma omp simd
-                    for (int64_t i = 0; i < columns; i++)
-                        store(to + i, from[i] * scales[column + i] * factor + (bias ? to_float(bias[column + i]) : 0));
+                    for (int64_t i = 0; i < BLOCK; i++)
+                        values[i] = (float(high[i]) + float(low[i]) * (1 / LOW)) * scales[column + i] * factor;
+                    if (bias)
+                        for (int64_t i = 0; i < columns; i++) values[i] += to_float(bias[column + i]);
+                    if (columns == BLOCK) {
+#pragma omp simd
+                        for (int64_t i = 0; i < BLOCK; i++) store(to + i, values[i]);
+                    } else {
+                        for (int64_t i = 0; i < columns; i++) store(to + i, values[i]);
+                    }
                 }
             }
         }
@@ -197,9 +226,9 @@ extern "C" int paged_may_use_tiles() {
 #define EXPORT_LINEAR(NAME, T)                                                                                       \
     extern "C" void paged_int8_linear_##NAME(                                                                        \
         const T* x, const int8_t* weight, const float* scales, const T* bias, T* out, int8_t* quantized,             \
-        float* factors, int64_t rows, int64_t width, int64_t outputs, int64_t kind, int threads                      \
+        float* factors, int64_t tokens, int64_t width, int64_t outputs, int64_t kind, int threads                      \
     ) {                                                                                                              \
-        linear(x, weight, scales, bias, out, quantized, factors, rows, width, outputs, kind, threads);               \
+        linear(x, weight, scales, bias, out, quantized, factors, tokens, width, outputs, kind, threads);               \
     }
 EXPORT_LINEAR(float32, float)
 EXPORT_LINEAR(bfloat16, bfloat)

@@ -1,4 +1,8 @@
-"""Linear layers of int8 weights, one scale an output, and activations that are quantised as they come, one a token."""
+"""Linear layers of int8 weights, with a scale an output, and activations of two int8 each, with a scale a token.
+
+A language model's activations have outliers, beside which 255 steps are too few for the others: in SmolLM2-135M
+they would cost more than twice the accuracy that int8 weights do. The second int8 of each needs no memory traffic.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +49,8 @@ def pack(integers: Tensor, scales: Tensor) -> Weight:
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None, kind: Kind | None = None) -> Tensor:
-    """As `F.linear` with the weight that `weight` stands for, of `x` `[tokens, inputs]` rounded to 255 steps a token.
+    """As `F.linear` with the weight that `weight` stands for, of `x` `[tokens, inputs]` rounded to 1 / 32258 of
+    the largest of a token.
 
     `x` is float32 or bfloat16, and so are `bias` and what is returned. A token's result does not depend on the others.
     `kind` says which instructions to use; the best of this CPU unless given.
@@ -53,11 +58,11 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, kind: Kind | None = N
     x = x.contiguous()
     tokens, inputs = x.shape
     out = x.new_empty(tokens, weight.outputs)
-    rows = -(-tokens // _BLOCK) * _BLOCK if tokens > _TILE else _TILE  # tiles are read as a whole
-    quantized = torch.empty(rows, weight.packed.shape[1] * _DEPTH, dtype=torch.int8)
+    shape = 2 * -(-tokens // _TILE) * _TILE, weight.packed.shape[1] * _DEPTH  # tiles are read as a whole
+    quantized = torch.empty(shape, dtype=torch.int8)
     factors = torch.empty(tokens, dtype=torch.float32)
-    shape = tokens, inputs, weight.outputs, _KINDS.index(kind or best())
-    call(f"paged_int8_linear_{_NAMES[x.dtype]}", x, weight.packed, weight.scales, bias, out, quantized, factors, *shape)
+    sizes = tokens, inputs, weight.outputs, _KINDS.index(kind or best())
+    call(f"paged_int8_linear_{_NAMES[x.dtype]}", x, weight.packed, weight.scales, bias, out, quantized, factors, *sizes)
     return out
 
 

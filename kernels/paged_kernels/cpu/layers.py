@@ -19,7 +19,7 @@ _FEW = 32  # rows that packing is made for; more use the same packed weights
 class Linears:
     """Linear layers over copies of the weights, made at their first use.
 
-    In bfloat16, oneDNN gets the weights in the layout it likes. Once quantised, they are int8, and so are the inputs.
+    In bfloat16, oneDNN gets the weights in the layout it likes. Once quantised, they are int8.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,7 +52,7 @@ class Linears:
         return integers
 
     def quantize(self) -> None:
-        """From now on, multiply int8 weights and inputs."""
+        """From now on, use int8 weights."""
         self._quantized = True
         self.forget()
 
