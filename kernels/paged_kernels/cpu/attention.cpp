@@ -13,9 +13,9 @@
 
 namespace {
 
-constexpr int TILE = 128;        // keys between two rescalings
-constexpr int BLOCK_ROWS = 64;   // rows whose scores for a tile are computed at once
-constexpr int MOST_ROWS = 192;   // of a task, unless one query has more
+constexpr int TILE = 256;        // keys between two rescalings
+constexpr int BLOCK_ROWS = 48;   // rows whose scores for a tile are computed at once
+constexpr int MOST_ROWS = 384;   // of a task, unless one query has more
 constexpr int LEAST_KEYS = 512;  // of a piece of a task, for each 8 of its rows
 constexpr int PIECES = 128;      // about as many for a step, if its tasks are long enough to be cut
 constexpr int MOST_DIM = 512;
@@ -151,15 +151,23 @@ struct Kernel {
             turn(static_cast<T*>(s.key) + token * s.key_strides[0] + head * s.key_strides[1], s.key_norm, position);
     }
 
+    // V of two tokens that share the words of a block is written by the first of them.
     void write(int token) const {
-        const int64_t block = s.slot_mapping[token] / s.block_size, at = s.slot_mapping[token] % s.block_size;
+        const int64_t slot = s.slot_mapping[token], block = slot / s.block_size, at = slot % s.block_size;
+        const bool first = P == 2 && slot % 2 == 0 && token + 1 < s.tokens && s.slot_mapping[token + 1] == slot + 1;
+        const bool second = P == 2 && slot % 2 == 1 && token > 0 && s.slot_mapping[token - 1] == slot - 1;
         for (int head = 0; head < s.kv_heads; head++) {
             const T* key = static_cast<const T*>(s.key) + token * s.key_strides[0] + head * s.key_strides[1];
             const T* value = static_cast<const T*>(s.value) + token * s.value_strides[0] + head * s.value_strides[1];
             T* key_to = const_cast<T*>(keys(block, head)) + at * P;
             T* value_to = const_cast<T*>(values(block, head)) + (at / P) * s.value_dim * P + at % P;
             for (int d = 0; d < s.key_dim; d += P) std::memcpy(key_to + d * s.block_size, key + d, sizeof(T) * P);
-            for (int d = 0; d < s.value_dim; d++) value_to[d * P] = value[d];
+            if constexpr (P == 2)
+                if (first)
+                    for (int d = 0; d < s.value_dim; d += LANES)
+                        store_pairs(value_to + d * P, value + d, value + s.value_strides[0] + d);
+            if (!first && !second)
+                for (int d = 0; d < s.value_dim; d++) value_to[d * P] = value[d];
         }
     }
 

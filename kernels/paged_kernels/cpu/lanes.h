@@ -16,14 +16,11 @@ constexpr int LANES = 8;
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef floats floats_anywhere __attribute__((aligned(4), may_alias));
 
 inline floats all(float x) { return floats{} + x; }
 
-inline floats load(const float* from) {
-    floats x;
-    std::memcpy(&x, from, sizeof x);
-    return x;
-}
+inline floats load(const float* from) { return *reinterpret_cast<const floats_anywhere*>(from); }
 
 inline floats load(const bfloat* from) {
     halves x;
@@ -31,7 +28,16 @@ inline floats load(const bfloat* from) {
     return (floats)(__builtin_convertvector(x, words) << 16);
 }
 
-inline void store(float* to, floats x) { std::memcpy(to, &x, sizeof x); }
+// Numbers of two rows, in turn.
+inline void store_pairs(bfloat* to, const bfloat* first, const bfloat* second) {
+    halves x, y;
+    std::memcpy(&x, first, sizeof x);
+    std::memcpy(&y, second, sizeof y);
+    const words pairs = __builtin_convertvector(x, words) | __builtin_convertvector(y, words) << 16;
+    std::memcpy(to, &pairs, sizeof pairs);
+}
+
+inline void store(float* to, floats x) { *reinterpret_cast<floats_anywhere*>(to) = x; }
 
 inline void store(bfloat* to, floats x) {
 #ifdef __AVX512BF16__

@@ -35,10 +35,14 @@ template <int R, class T>
 void product_of_lanes(
     const T* left, int64_t left_stride, const T* right, int64_t right_stride, int k, float* out, int64_t out_stride, bool add
 ) {
-    floats sum[R];
+    floats sum[R];  // in registers, if loops over it are unrolled early
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) sum[r] = add ? load(out + r * out_stride) : floats{};
     for (int i = 0; i < k; i += PACK<T>)
-        for (int r = 0; r < R; r++) sum[r] = add_products(sum[r], left + r * left_stride + i, right + i / PACK<T> * right_stride);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+            sum[r] = add_products(sum[r], left + r * left_stride + i, right + i / PACK<T> * right_stride);
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) store(out + r * out_stride, sum[r]);
 }
 
