@@ -23,9 +23,9 @@ constexpr float LOW = 254;  // steps of the low half in one of the high half
 
 enum Kind : int64_t { AVX2, VNNI, TILES };
 
-// out [2, TOKENS, BLOCK] = x [2, TOKENS, depth] times a block of weights, [depth / DEPTH, 2, DEPTH / 4, 16, 4]: of each
-// 64 inputs those of 16 outputs, then those of 16 others, four inputs beside each other. Tokens from `tokens` on are not
-// defined.
+// out [2, TOKENS, BLOCK] = x [depth / DEPTH, 2, TOKENS, DEPTH] times a block of weights, [depth / DEPTH, 2, DEPTH / 4,
+// 16, 4]: of each 64 inputs those of 16 outputs, then those of 16 others, four inputs beside each other. Tokens from
+// `tokens` on are not defined.
 using Product = void (*)(const int8_t* x, int64_t tokens, const int8_t* weight, int64_t depth, int32_t* out);
 
 #ifdef PAGED_HAS_TILES
@@ -36,9 +36,9 @@ __attribute__((target("amx-tile,amx-int8"))) void product_tiles(
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t k = 0; k < depth; k += DEPTH, weight += DEPTH * BLOCK) {
-        _tile_loadd(4, x + k, depth);
-        _tile_loadd(5, x + TOKENS * depth + k, depth);
+    for (int64_t k = 0; k < depth; k += DEPTH, x += 2 * TOKENS * DEPTH, weight += DEPTH * BLOCK) {
+        _tile_loadd(4, x, DEPTH);
+        _tile_loadd(5, x + TOKENS * DEPTH, DEPTH);
         _tile_loadd(6, weight, 64);
         _tile_loadd(7, weight + DEPTH * 16, 64);
         _tile_dpbssd(0, 4, 6);
@@ -69,9 +69,10 @@ void begin_tiles() {}
 void end_tiles() {}
 #endif
 
-inline int32_t four(const int8_t* x) {
+// Four inputs of a row: a token's high or low halves.
+inline int32_t four(const int8_t* x, int64_t row, int64_t k) {
     int32_t bytes;
-    std::memcpy(&bytes, x, 4);
+    std::memcpy(&bytes, x + (k / DEPTH * 2 * TOKENS + row) * DEPTH + k % DEPTH, 4);
     return bytes;
 }
 
@@ -93,7 +94,7 @@ __attribute__((target("avx512f,avx512bw,avx512vnni"))) void tokens_vnni(
         for (int i = 0; i < 2; i++) offset[i] = _mm512_dpbusd_epi32(offset[i], half, w[i]);
         for (int plane = 0; plane < 2; plane++)
             for (int token = 0; token < COUNT; token++) {
-                const __m512i four_x = _mm512_set1_epi32(four(x + (plane * TOKENS + token) * depth + k));
+                const __m512i four_x = _mm512_set1_epi32(four(x, plane * TOKENS + token, k));
                 const __m512i bytes = _mm512_xor_si512(four_x, half);
                 for (int i = 0; i < 2; i++)
                     sums[plane][token][i] = _mm512_dpbusd_epi32(sums[plane][token][i], bytes, w[i]);
@@ -109,8 +110,8 @@ __attribute__((target("avx512f,avx512bw,avx512vnni"))) void tokens_vnni(
 
 void product_vnni(const int8_t* x, int64_t tokens, const int8_t* weight, int64_t depth, int32_t* out) {
     int64_t token = 0;
-    for (; token + 4 <= tokens; token += 4) tokens_vnni<4>(x + token * depth, weight, depth, out + token * BLOCK);
-    for (; token < tokens; token++) tokens_vnni<1>(x + token * depth, weight, depth, out + token * BLOCK);
+    for (; token + 4 <= tokens; token += 4) tokens_vnni<4>(x + token * DEPTH, weight, depth, out + token * BLOCK);
+    for (; token < tokens; token++) tokens_vnni<1>(x + token * DEPTH, weight, depth, out + token * BLOCK);
 }
 
 // vpmaddubsw multiplies unsigned with signed bytes and saturates sums of two at 32767: |x| times w with the sign of x
@@ -125,7 +126,7 @@ __attribute__((target("avx2"))) void product_avx2(
         for (auto& sum : sums) sum = _mm256_setzero_si256();
         for (int64_t k = 0; k < depth; k += 4) {
             const int8_t* at = weight + k / DEPTH * DEPTH * BLOCK + k % DEPTH * 16;
-            const __m256i bytes = _mm256_set1_epi32(four(x + row * depth + k)), size = _mm256_abs_epi8(bytes);
+            const __m256i bytes = _mm256_set1_epi32(four(x, row, k)), size = _mm256_abs_epi8(bytes);
             for (int i = 0; i < 4; i++) {
                 const __m256i w = _mm256_loadu_si256((const __m256i*)(at + i / 2 * DEPTH * 16 + i % 2 * 32));
                 const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(w, bytes));
@@ -136,10 +137,10 @@ __attribute__((target("avx2"))) void product_avx2(
     }
 }
 
-// x [width] is about (high + low / LOW) times what is returned, NaN if any x is no number; both are [depth], zero beyond
-// width.
+// x [width] is about (high + low / LOW) times what is returned, NaN if any x is no number. Of each 64 inputs the high
+// halves are at `out` [depth / DEPTH, 2, TOKENS, DEPTH], the low ones TOKENS rows below; zero beyond width.
 template <class T>
-float quantize(const T* x, int8_t* high, int8_t* low, int64_t width, int64_t depth) {
+float quantize(const T* x, int8_t* out, int64_t width) {
     int32_t largest = 0;  // as bits: floats without sign are ordered as integers are, NaN above all
 #pragma omp simd reduction(max : largest)
     for (int64_t i = 0; i < width; i++) {
@@ -151,18 +152,22 @@ float quantize(const T* x, int8_t* high, int8_t* low, int64_t width, int64_t dep
     float size;
     std::memcpy(&size, &largest, 4);
     const float factor = size > 1e-30f && size < INFINITY ? 127 / size : 0;
+    for (int64_t k = 0; k < width; k += DEPTH, x += DEPTH, out += 2 * TOKENS * DEPTH) {
+        const int64_t count = std::min(DEPTH, width - k);
+        int8_t *high = out, *low = out + TOKENS * DEPTH;
 #pragma omp simd
-    for (int64_t i = 0; i < width; i++) {
-        const float steps = to_float(x[i]) * factor, whole = std::nearbyint(steps);
-        high[i] = int8_t(int32_t(whole));
-        low[i] = int8_t(int32_t(std::nearbyint((steps - whole) * LOW)));
+        for (int64_t i = 0; i < count; i++) {
+            const float steps = to_float(x[i]) * factor, whole = std::nearbyint(steps);
+            high[i] = int8_t(int32_t(whole));
+            low[i] = int8_t(int32_t(std::nearbyint((steps - whole) * LOW)));
+        }
+        std::memset(high + count, 0, DEPTH - count);
+        std::memset(low + count, 0, DEPTH - count);
     }
-    std::memset(high + width, 0, depth - width);
-    std::memset(low + width, 0, depth - width);
     return size < INFINITY ? size / 127 : NAN;
 }
 
-// See linear in int8.py. `quantized` [tokens / TOKENS rounded up, 2, TOKENS, depth] and `factors` [tokens] are scratch.
+// See linear in int8.py. `quantized`, for each TOKENS what a product takes, and `factors` [tokens] are scratch.
 template <class T>
 void linear(
     const T* x, const int8_t* weight, const float* scales, const T* bias, T* out, int8_t* quantized, float* factors,
@@ -176,8 +181,8 @@ void linear(
     {
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < tokens; token++) {
-            int8_t* high = quantized + (token / TOKENS * 2 * TOKENS + token % TOKENS) * depth;
-            factors[token] = quantize(x + token * width, high, high + TOKENS * depth, width, depth);
+            int8_t* to = quantized + token / TOKENS * 2 * TOKENS * depth + token % TOKENS * DEPTH;
+            factors[token] = quantize(x + token * width, to, width);
         }
         if (kind == TILES) begin_tiles();
 #pragma omp for schedule(static)

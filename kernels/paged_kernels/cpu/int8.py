@@ -53,7 +53,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, kind: Kind | None = N
     the largest of a token.
 
     `x` is float32 or bfloat16, and so are `bias` and what is returned. A token's result does not depend on the others.
-    `kind` says which instructions to use; the best of this CPU unless given.
+    `kind` says which instructions to use: `best` unless given, or some before it.
     """
     x = x.contiguous()
     tokens, inputs = x.shape
