@@ -18,6 +18,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.errors import DeadlineExceeded, EngineDead, InvalidArgument, Overloaded
 from paged_backend.intake import Intake, Prompt, Spread, sibling, spread
 from paged_backend.interrupts import HeldBack
+from paged_backend.laps import Laps
 from paged_backend.metrics import Metrics
 from paged_backend.outputs import Whole, as_logprobs, output_of
 from paged_backend.plugins.manager import PluginManager
@@ -77,6 +78,7 @@ class Engine:
         plugins: Iterable[object] = (),
     ) -> None:
         """Load `config.model`, or serve the very `model` given, with its weights shared."""
+        laps = Laps()
         self.metrics = Metrics(self.stats)
         self.plugins = PluginManager([self.metrics, *plugins])
         make = self.plugins.make
@@ -92,6 +94,7 @@ class Engine:
             # The caller's own use of a tokenizer sets its padding and truncation, and would change our prompts.
             loaded = LoadedModel(model, copy.deepcopy(tokenizer))
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        laps.end("weights")
         if backend is None:
             chosen = default_backend(self.model.device)
             backend = make("paged_attention_backend", "attention_backend", chosen, config=config)
@@ -105,6 +108,7 @@ class Engine:
         processors = [made for made in self.plugins.hook.paged_logits_processor(config=config) if made is not None]
         with on_device(self.model.device):
             self._paged_model = paged = make_model(config, self.model, backend, longest)
+            laps.end("model")
             try:
                 cache = make_cache(
                     config,
@@ -112,7 +116,9 @@ class Engine:
                     longest,
                     lambda: make("paged_eviction_policy", "eviction_policy", config.eviction_policy, config=config),
                 )
+                laps.end("cache")
                 self._runner = make_runner(config, paged, cache, sampler, processors)
+                laps.end("runner")
             except BaseException:
                 paged.close()
                 raise
@@ -167,6 +173,10 @@ class Engine:
             observer("paged_request_first_token"),
         )
         self._on_ended, self._on_step = observer("paged_request_ended"), observer("paged_step_ended")
+        self.start_seconds = laps.seconds
+        """What making the engine took: loading `weights`, checking the `model` and fusing it, with the kernels compiled
+        for that, making room for the `cache`, and what the `runner` prepares, CUDA graphs and their kernels."""
+        logger.info("ready after %s", laps)
 
     # ---- requests
 

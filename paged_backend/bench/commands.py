@@ -375,9 +375,11 @@ def start(
         else:
             path = models.resolve(model, config.revision)
         starts = measure(config.model_copy(update={"model": str(path), "revision": None}), repeat)
-    table = Table("start", "imported s", "ready s", "first token s", title=f"{Path(model).name}, {dtype}")
+    stages = [f"{name} s" for name in starts[0].stages]
+    table = Table("start", "imported s", *stages, "ready s", "first token s", title=f"{Path(model).name}, {dtype}")
     for each in starts:
-        table.add_row(each.kind, *(f"{seconds:.1f}" for seconds in (each.imported, each.ready, each.first_token)))
+        marks = (each.imported, *each.stages.values(), each.ready, each.first_token)
+        table.add_row(each.kind, *(f"{seconds:.1f}" for seconds in marks))
     if output is not None:
         document = {
             "machine": dataclasses.asdict(machine.describe()),

@@ -23,6 +23,8 @@ class Start:
     """Cold: no kernel has been compiled before, and nothing measured. The files of the weights are as they are."""
     imported: float
     """Python runs, torch and the engine's modules are there."""
+    stages: dict[str, float]
+    """Seconds of each stage of making the engine: `Engine.start_seconds`."""
     ready: float
     """The engine is made."""
     first_token: float
@@ -50,12 +52,13 @@ def _start(kind: Literal["cold", "warm"], config: EngineConfig, caches: dict[str
     return Start(kind, *json.loads(done.stdout.splitlines()[-1]))
 
 
-def _serve_one(config: EngineConfig, began: float) -> list[float]:
+def _serve_one(config: EngineConfig, began: float) -> list[float | dict[str, float]]:
     from paged_backend.engine import Engine
     from paged_backend.request import SamplingParams
 
-    marks = [time.monotonic() - began]
+    marks: list[float | dict[str, float]] = [time.monotonic() - began]
     engine = Engine(config)
+    marks.append(engine.start_seconds)
     marks.append(time.monotonic() - began)
     (output,) = engine.generate([[1]], SamplingParams(max_tokens=1))
     if output.error is not None:

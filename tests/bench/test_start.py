@@ -24,6 +24,9 @@ def test_cold_and_warm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_lla
     starts = json.loads(output.read_text())["starts"]
     assert [start["kind"] for start in starts] == ["cold", "warm"]
     assert all(0 < start["imported"] < start["ready"] < start["first_token"] for start in starts)
+    for start in starts:
+        assert list(start["stages"]) == ["weights", "model", "cache", "runner"]
+        assert sum(start["stages"].values()) == pytest.approx(start["ready"] - start["imported"], abs=0.2)
 
 
 def test_why_a_start_failed(
