@@ -66,24 +66,37 @@ class Outputs(NamedTuple):
     """Of any request, these come after those in columns."""
 
 
+_NOTHING: tuple[str, list[int]] = ("", [])
+
+
 class Packer:
     """Makes `Outputs`: pickling 256 whole outputs takes several times as long as 256 rows of columns."""
 
-    def __init__(self) -> None:
-        self._begun: dict[str, set[int]] = {}
-        """Sequences of requests that have not ended, of which a whole output was sent."""
+    def __init__(self, interval: int = 1) -> None:
+        """`interval`: tokens that the outputs of a sequence bring at least, but for its first and last."""
+        self._interval = interval
+        self._begun: dict[str, dict[int, tuple[str, list[int]]]] = {}
+        """Sequences of requests that have not ended, of which a whole output was sent: what is held back of them."""
 
     def pack(self, outputs: Sequence[RequestOutput]) -> Outputs:
         """Outputs that come later in `outputs` also come later out of `unpack`, for each request."""
         ids, indices, texts, token_ids, whole = packed = Outputs([], [], [], [], [])
         for output in outputs:
-            begun = self._begun.get(output.request_id, ())
-            if output.index in begun and output.finish_reason is None and output.logprobs is None:
-                ids.append(output.request_id)
-                indices.append(output.index)
-                texts.append(output.text)
-                token_ids.append(output.token_ids)
-                continue
+            begun, index = self._begun.get(output.request_id, {}), output.index
+            if index in begun:
+                text, tokens = begun[index]
+                output.text, output.token_ids = text + output.text, tokens + output.token_ids
+                if output.finish_reason is None and output.logprobs is None:
+                    if len(output.token_ids) < self._interval:
+                        begun[index] = output.text, output.token_ids
+                        continue
+                    ids.append(output.request_id)
+                    indices.append(index)
+                    texts.append(output.text)
+                    token_ids.append(output.token_ids)
+                    begun[index] = _NOTHING
+                    continue
+                begun[index] = _NOTHING
             if output.error is not None:
                 output.error = portable(output.error)
             whole.append(output)
@@ -91,7 +104,7 @@ class Packer:
             if output.finished:
                 self._begun.pop(output.request_id, None)
             else:
-                self._begun.setdefault(output.request_id, set()).add(output.index)
+                self._begun.setdefault(output.request_id, {}).setdefault(output.index, _NOTHING)
         return packed
 
 

@@ -72,6 +72,7 @@ class Worker:
 
     def run(self, config: EngineConfig) -> None:
         """Make the engine, say whether that went well, and step it until the owner closes its end."""
+        self._interval = config.stream_interval
         reader = threading.Thread(target=self._read, name="paged-reader", daemon=True)
         reader.start()  # at once: the owner may go away while the model is being loaded
         threading.Thread(target=self._compile, name="paged-compiler", daemon=True).start()
@@ -200,7 +201,7 @@ class Worker:
         self._outbox.put(Families(list(self._engine.metrics.registry.collect())))
 
     def _write(self) -> None:
-        packer = Packer()
+        packer = Packer(self._interval)
         try:
             while (item := self._outbox.get()) is not None:
                 message = packer.pack(item) if isinstance(item, list) else item

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import os
@@ -372,12 +373,31 @@ def test_what_hinders_the_start_is_raised(tiny_llama_dir: Path, tmp_path: Path, 
         start(tiny_llama_dir, **{trouble.DIES_AT_START: "1"})
 
 
+def test_tokens_in_pieces(engine: EngineProcess, tiny_llama_dir: Path) -> None:
+    config = EngineConfig(model=str(tiny_llama_dir), **CONFIG, stream_interval=4)
+    pieces = Listener(EngineProcess(config, environment={"OMP_NUM_THREADS": "1"}))
+    single = Listener(engine)
+    params = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
+    for listener in (pieces, single):
+        listener.engine.submit("plain", "the quick brown fox", params)
+        listener.engine.submit("logprobs", "the lazy dog", params.model_copy(update={"logprobs": 0}))
+        assert listener.last("plain").num_output_tokens == listener.last("logprobs").num_output_tokens == 10
+    assert [len(output.token_ids) for output in pieces.outputs["plain"]] == [1, 4, 4, 1]
+    assert [len(output.token_ids) for output in pieces.outputs["logprobs"]] == 10 * [1]
+    for name in ("plain", "logprobs"):
+        ours, theirs = ("".join(output.text for output in listener.outputs[name]) for listener in (pieces, single))
+        assert ours == theirs
+    pieces.engine.close()
+
+
 @given(st.data())
 def test_packing(data: st.DataObject) -> None:
     """Steps of a few requests with two sequences each, any of which may begin and end within one step."""
-    packer, unpacker, number = Packer(), Unpacker(), 0
+    interval = data.draw(st.sampled_from([1, 1, 3]))
+    packer, unpacker, number = Packer(interval), Unpacker(), 0
     live: dict[str, list[int]] = {}
     """Tokens of each sequence."""
+    sent, got = defaultdict[tuple[str, int], list[RequestOutput]](list), defaultdict[Any, list[RequestOutput]](list)
     for _ in range(data.draw(st.integers(1, 6))):
         step: list[RequestOutput] = []
         for _ in range(data.draw(st.integers(0, 8))):
@@ -387,9 +407,9 @@ def test_packing(data: st.DataObject) -> None:
             if not live:
                 continue
             name, index = data.draw(st.sampled_from(sorted(live))), data.draw(st.integers(0, 1))
-            token_ids = data.draw(st.lists(st.integers(0, 9), max_size=2))
-            live[name][index] += len(token_ids)
             end = data.draw(st.sampled_from([None, None, None, "length", "error"]))
+            token_ids = data.draw(st.lists(st.integers(0, 9), min_size=end is None, max_size=2))
+            live[name][index] += len(token_ids)
             step.append(
                 RequestOutput(
                     name,
@@ -406,11 +426,26 @@ def test_packing(data: st.DataObject) -> None:
             )
             if end is not None:
                 del live[name]
-        got = unpacker.unpack(pickle.loads(pickle.dumps(packer.pack(step))))
-        assert len(got) == len(step)
-        for name in {output.request_id for output in step}:
-            for index in range(2):
-                mine, theirs = (
-                    [o for o in outputs if (o.request_id, o.index) == (name, index)] for outputs in (got, step)
-                )
-                assert list(map(str, mine)) == list(map(str, theirs))
+        for outputs, log in ((copy.deepcopy(step), sent), (_travelled(packer, unpacker, step), got)):
+            for output in outputs:
+                log[output.request_id, output.index].append(output)
+    for key, ours in sent.items():
+        theirs = got[key]
+        if interval == 1:
+            assert list(map(str, ours)) == list(map(str, theirs))
+            continue
+        (our_text, our_tokens), (text, tokens) = map(_joined, (ours, theirs))
+        assert theirs[0].token_ids == ours[0].token_ids
+        assert our_tokens[: len(tokens)] == tokens
+        assert our_text.startswith(text)
+        if ours[-1].finished:
+            assert (our_text, our_tokens) == (text, tokens)
+            assert theirs[-1].num_output_tokens == len(tokens)
+
+
+def _joined(outputs: list[RequestOutput]) -> tuple[str, list[int]]:
+    return "".join(output.text for output in outputs), [token for output in outputs for token in output.token_ids]
+
+
+def _travelled(packer: Packer, unpacker: Unpacker, step: list[RequestOutput]) -> list[RequestOutput]:
+    return unpacker.unpack(pickle.loads(pickle.dumps(packer.pack(step))))
