@@ -113,6 +113,10 @@ def test_what_a_decode_sees(window: int | None, chunk: int | None, seen: int) ->
     assert _attended(layer, [99], 1) == (seen + 4) * 32
 
 
+needs_kernels = pytest.mark.skipif(library.load(None) is None, reason="the CPU kernels are not built")
+
+
+@needs_kernels
 def test_decodes(
     tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,7 +134,6 @@ def test_decodes(
     assert step["host_microseconds"] == max(0, step["wall_microseconds"] - step["kernel_microseconds"])
     # The compiled kernels are seen, and left as they were.
     layers, compiled = 2, library.load(None)
-    assert compiled is not None
     assert (kernels["attention"]["calls"], kernels["activation"]["calls"]) == (layers, layers)
     assert kernels["norms"]["calls"] == 2 * layers + 1
     assert not [name for name, each in vars(compiled).items() if inspect.isfunction(each)]
@@ -145,6 +148,7 @@ def test_decodes(
     assert f"{linears['share']:.1%}" in out
 
 
+@needs_kernels
 def test_a_prefill(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     output = tmp_path / "step.json"
     arguments = ["--prompt-tokens", "90", "--output", str(output)]
