@@ -76,8 +76,8 @@ class EngineConfig(CheckedModel):
     is killed, and every request told. The first steps may compile kernels, so be generous. 0: never."""
 
     stream_interval: int = Field(1, ge=1)
-    """Tokens of a request that an engine in a process of its own, such as Triton's, hands out at once, at least; the first
-    still comes alone. More mean fewer messages, which take time from an engine on the same cores."""
+    """Least number of tokens of a request that an engine in a process of its own, such as Triton's, hands out at once,
+    after the first, which comes alone. More mean fewer messages, which take time from an engine on the same cores."""
 
     enable_prefix_caching: bool = True
     """Keep blocks of ended requests and share blocks of running ones where prompts begin alike."""

@@ -18,11 +18,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from paged_backend import models
 from paged_backend.bench import shapes
 from paged_backend.bench.workloads import Workload
 from paged_backend.config import EngineConfig
 from triton_server_model.launcher import MODEL_NAME, ServerError, TritonServer, free_ports
+from triton_server_model.top import Totals, parse
 
 _CLIENTS = max(1, min(8, len(os.sched_getaffinity(0)) // 2)) if hasattr(os, "sched_getaffinity") else 1
 """Processes that share the streams: tritonclient takes some 10,000 responses a second in one."""
@@ -31,6 +34,8 @@ _WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safeten
 _SPAWN = multiprocessing.get_context("spawn")
 _OPEN_SECONDS = 120
 _CANCEL_PROMPT_TOKENS = 16
+_METRICS_SECONDS = 10
+_PARTS = ("queue", "prefill")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,10 @@ class Point:
     """Of the same requests given to an engine in a process without a server."""
     ttft_p50_ms: float
     ttft_p99_ms: float
+    queue_ms: float
+    """Of the time to first token, in the mean: from the backend's taking the request until the engine begins it."""
+    prefill_ms: float
+    """Likewise: from then until the first token is there. The rest is the server's, the backend's and the client's."""
     inter_token_p50_ms: float
     """Over the streams, of each one's mean after its first response."""
     tokens_per_response: float
@@ -137,23 +146,29 @@ def measure(
     http_port, grpc_port, metrics_port = free_ports(3)
     report("starting tritonserver")
     seeds = [f"run {number}" for number in range(1 + repeat)]  # the first to warm up
-    served: list[list[list[Timing]]] = []
+    served: list[tuple[list[list[Timing]], Totals]] = []
     with TritonServer(config, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port) as server:
+        requests = 0
         for count in streams:
             report(f"tritonserver: {count} at once")
-            served.append(_serve(server.address("grpc"), [workload(count, seed) for seed in seeds])[1:])
+            runs, totals = [], []
+            for timings in _serve(server.address("grpc"), [workload(count, seed) for seed in seeds]):
+                requests += count
+                runs.append(timings)
+                totals.append(_totals(server, requests))
+            served.append((runs[1:], totals[-1].since(totals[0])))
     report("server stopped; loading the engine alone")
     ours = OurEngine(config)
     points = []
     try:
-        for count, runs in zip(streams, served, strict=True):
+        for count, (runs, told) in zip(streams, served, strict=True):
             report(f"engine alone: {count} at once")
             rates = []
             for timed in [workload(count, seed) for seed in seeds]:
                 start = time.monotonic()
                 ours.run(timed)
                 rates.append(timed.output_tokens / (time.monotonic() - start))
-            points.append(_point(runs, statistics.median(rates[1:])))
+            points.append(_point(runs, told, statistics.median(rates[1:])))
     finally:
         ours.engine.close()
     return points
@@ -199,12 +214,24 @@ def measure_cancel(config: EngineConfig, vocab_size: int, repeat: int) -> list[f
     return taken
 
 
-def _point(runs: list[list[Timing]], engine_rate: float) -> Point:
+def _totals(server: TritonServer, requests: int) -> Totals:
+    """The server's metrics once they tell of so many requests: they are brought up to date twice a second."""
+    deadline = time.monotonic() + _METRICS_SECONDS
+    while time.monotonic() < deadline:
+        (totals,) = parse(httpx.get(f"http://{server.address('metrics')}/metrics", trust_env=False).text).values()
+        if totals.values["prefill_seconds_count"] >= requests:
+            return totals
+        time.sleep(0.1)
+    raise ServerError(f"the metrics tell of {totals.values['prefill_seconds_count']:.0f} of {requests} requests")
+
+
+def _point(runs: list[list[Timing]], told: Totals, engine_rate: float) -> Point:
     import numpy as np
 
     timings = sorted(runs, key=_seconds)[len(runs) // 2]
     seconds, tokens = _seconds(timings), sum(timing.tokens for timing in timings)
     ttft_p50, ttft_p99 = np.percentile([timing.first - timing.sent for timing in timings], [50, 99])
+    queue, prefill = (told.values[f"{name}_seconds_sum"] / told.values[f"{name}_seconds_count"] for name in _PARTS)
     between = np.median([(timing.last - timing.first) / (timing.tokens - 1) for timing in timings])
     return Point(
         streams=len(timings),
@@ -213,6 +240,8 @@ def _point(runs: list[list[Timing]], engine_rate: float) -> Point:
         engine_tokens_per_second=engine_rate,
         ttft_p50_ms=float(ttft_p50) * 1e3,
         ttft_p99_ms=float(ttft_p99) * 1e3,
+        queue_ms=queue * 1e3,
+        prefill_ms=prefill * 1e3,
         inter_token_p50_ms=float(between) * 1e3,
         tokens_per_response=tokens / sum(timing.responses for timing in timings),
     )
@@ -223,17 +252,15 @@ def _seconds(run: list[Timing]) -> float:
     return max(timing.last for timing in run) - min(timing.sent for timing in run)
 
 
-def _serve(address: str, workloads: Sequence[Workload]) -> list[list[Timing]]:
+def _serve(address: str, workloads: Sequence[Workload]) -> Iterator[list[Timing]]:
     """Timings of one workload after the other, the requests of each at once on connections of their own."""
     clients = min(_CLIENTS, len(workloads[0].requests))
     barrier = _SPAWN.Barrier(clients)
     with ProcessPoolExecutor(clients, _SPAWN, initializer=_share, initargs=(barrier,)) as processes:
-        served = []
         for workload in workloads:
             parts = [workload.requests[number::clients] for number in range(clients)]
             futures = [processes.submit(_client, address, part) for part in parts]
-            served.append([timing for future in futures for timing in future.result()])
-    return served
+            yield [timing for future in futures for timing in future.result()]
 
 
 _barrier: multiprocessing.synchronize.Barrier

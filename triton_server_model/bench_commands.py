@@ -98,9 +98,9 @@ def _setting(config: EngineConfig, model: str) -> dict[str, object]:
 
 
 def _show(title: str, points: list[Point]) -> None:
-    table = Table(title=title)
-    times = ("TTFT p50 ms", "p99 ms", "ms/token", "tokens/response")
-    for name in ("streams", "Triton tok/s", "engine tok/s", "share", *times):
+    table = Table(title=title, box=None)
+    times = ("TTFT ms\np50", "\np99", "\nqueue", "\nprefill", "ms a\ntoken", "tokens\nat once")
+    for name in ("\nstreams", "Triton\ntok/s", "engine\ntok/s", "\nshare", *times):
         table.add_column(name, justify="right")
     for point in points:
         table.add_row(
@@ -110,6 +110,8 @@ def _show(title: str, points: list[Point]) -> None:
             f"{point.share:.1%}",
             f"{point.ttft_p50_ms:,.1f}",
             f"{point.ttft_p99_ms:,.1f}",
+            f"{point.queue_ms:,.1f}",
+            f"{point.prefill_ms:,.1f}",
             f"{point.inter_token_p50_ms:,.2f}",
             f"{point.tokens_per_response:.2f}",
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from triton_server_model.bench import Point, Timing, _point
+from triton_server_model.top import Totals
 
 
 def test_streams_through_a_server(tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -19,10 +19,9 @@ def test_streams_through_a_server(tiny_llama_dir: Path, tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "paged-backend"), "bench", "serving", "--model", str(tiny_llama_dir)]
     command += ["--dtype", "float32", "--device", "cpu", "--set", "num_blocks=256", "--output", str(output)]
     command += ["--streams", "1", "--streams", "6", "--prompt-tokens", "20", "--output-tokens", "30"]
-    wide = os.environ | {"COLUMNS": "200"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=wide)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert all(column in done.stdout for column in ("Triton tok/s", "engine tok/s", "share", "TTFT p50 ms"))
+    assert all(column in done.stdout for column in ("Triton", "tok/s", "share", "TTFT ms", "queue", "prefill"))
 
     told = json.loads(output.read_text())
     assert (told["model"], told["prompt_tokens"], told["output_tokens"]) == (tiny_llama_dir.name, 20, 30)
@@ -34,6 +33,7 @@ def test_streams_through_a_server(tiny_llama_dir: Path, tmp_path: Path) -> None:
         assert point["tokens_per_second"] * point["seconds"] == pytest.approx(30 * point["streams"], rel=0.01)
         assert point["share"] == pytest.approx(point["tokens_per_second"] / point["engine_tokens_per_second"], rel=0.01)
         assert 0 < point["ttft_p50_ms"] <= point["ttft_p99_ms"] < 1e3 * point["seconds"]
+        assert 0 < point["prefill_ms"] < point["queue_ms"] + point["prefill_ms"] < 1e3 * point["seconds"]
 
 
 def test_cancel(tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -53,6 +53,8 @@ def test_figures_of_a_point() -> None:
     timings.append(Timing(sent=10.5, first=13.5, last=15.0, responses=4, tokens=5))
     slower = [replace(timing, last=timing.last + 9) for timing in timings]
     faster = [replace(timing, last=timing.last - 1) for timing in timings]
-    point = _point([slower, timings, faster], engine_rate=8.0)
-    assert point == Point(4, 5.0, 4.0, 8.0, 1000.0, pytest.approx(2940.0), 500.0, 20 / 13)
+    told = {"queue_seconds_sum": 1.0, "prefill_seconds_sum": 2.0}
+    counts = dict.fromkeys(("queue_seconds_count", "prefill_seconds_count"), 4.0)
+    point = _point([slower, timings, faster], Totals(told | counts), engine_rate=8.0)
+    assert point == Point(4, 5.0, 4.0, 8.0, 1000.0, pytest.approx(2940.0), 250.0, 500.0, 500.0, 20 / 13)
     assert point.share == 0.5
