@@ -373,6 +373,11 @@ def test_what_hinders_the_start_is_raised(tiny_llama_dir: Path, tmp_path: Path, 
         start(tiny_llama_dir, **{trouble.DIES_AT_START: "1"})
 
 
+def test_threads_that_wait_do_not_spin_for_long(engine: EngineProcess) -> None:
+    variables = Path(f"/proc/{engine.process.pid}/environ").read_bytes().split(b"\0")
+    assert b"GOMP_SPINCOUNT=2000" in variables
+
+
 def test_tokens_in_pieces(engine: EngineProcess, tiny_llama_dir: Path) -> None:
     config = EngineConfig(model=str(tiny_llama_dir), **CONFIG, stream_interval=4)
     pieces = Listener(EngineProcess(config, environment={"OMP_NUM_THREADS": "1"}))
