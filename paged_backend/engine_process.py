@@ -39,9 +39,9 @@ _EXIT_SECONDS = 5
 """Between the end of the pipe and that of the process."""
 _COLLECT_SECONDS = 5
 _SPIN = {"GOMP_SPINCOUNT": "2000"}
-"""Rounds of 20 to 60 ns for which OpenMP's threads wait for each other before they sleep, unless the owner's environment
-says. It takes 300,000 else, for which a thread that is done keeps the core that the one it waits for may need: beside
-other busy processes a step then takes ten times as long. On a CPU to itself the engine is as fast with either."""
+"""Rounds of 20 to 60 ns for which OpenMP's threads wait for each other before they sleep, unless our environment says.
+The default is 300,000, for which a thread that is done keeps the core that the one it waits for may need: beside busy
+processes a step then takes ten times as long. On cores of its own the engine is as fast either way."""
 _LOAD = {
     f"paged_backend_{name}" for name in ("requests_running", "requests_waiting", "kv_blocks_used", "kv_blocks_cached")
 }

@@ -25,8 +25,10 @@ _PAUSE_SECONDS = 0.001
 _POLL_SECONDS = 0.025
 _POLLS = 64
 """Requests asked about each time at most: `is_cancelled` is a call to another process, of 10 us if cores are free."""
-_POLL_SHARE = 0.05
-"""Of the time, at most: where they are not, these calls take them from the engine."""
+_POLL_SHARE = 0.1
+"""Of the time, at most, unless the pause got longer than below: where no core is free, these calls take time from the
+engine, but so do clients that have gone."""
+_LONGEST_POLL_SECONDS = 0.25
 _IDLE_SECONDS = 0.1
 
 
@@ -81,7 +83,8 @@ class Sender:
         if (began := time.monotonic()) >= self._next_poll:
             self._poll()
             ended = time.monotonic()
-            self._next_poll = ended + max(_POLL_SECONDS, (ended - began) / _POLL_SHARE)
+            pause = max(_POLL_SECONDS, (ended - began) / _POLL_SHARE)
+            self._next_poll = ended + min(pause, _LONGEST_POLL_SECONDS)
         if pending:
             time.sleep(_PAUSE_SECONDS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,12 @@ from paged_backend.config import EngineConfig
 from paged_backend.engine import Engine
 from tests.server.client import ENGINE, Client
 from triton_server_model.launcher import MODEL_NAME, TritonServer, free_ports, packaged_repository
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_each() -> None:
+    """Tiny models: two threads of one engine would wait for each other longer than they compute."""
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
