@@ -18,7 +18,7 @@ def test_streams_through_a_server(tiny_llama_dir: Path, tmp_path: Path) -> None:
     output = tmp_path / "serving.json"
     command = [str(Path(sys.executable).parent / "paged-backend"), "bench", "serving", "--model", str(tiny_llama_dir)]
     command += ["--dtype", "float32", "--device", "cpu", "--set", "num_blocks=256", "--output", str(output)]
-    command += ["--streams", "1", "--streams", "6", "--prompt-tokens", "20", "--output-tokens", "30"]
+    command += ["--streams", "1", "--streams", "6", "--prompt-tokens", "20", "--output-tokens", "30", "--repeat", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert all(column in done.stdout for column in ("Triton", "tok/s", "share", "TTFT ms", "queue", "prefill"))
