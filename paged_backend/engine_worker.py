@@ -72,11 +72,10 @@ class Worker:
 
     def run(self, config: EngineConfig) -> None:
         """Make the engine, say whether that went well, and step it until the owner closes its end."""
-        self._interval = config.stream_interval
         reader = threading.Thread(target=self._read, name="paged-reader", daemon=True)
         reader.start()  # at once: the owner may go away while the model is being loaded
         threading.Thread(target=self._compile, name="paged-compiler", daemon=True).start()
-        writer = threading.Thread(target=self._write, name="paged-writer", daemon=True)
+        writer = threading.Thread(target=self._write, args=[config.stream_interval], name="paged-writer", daemon=True)
         writer.start()
         self._log()
         try:
@@ -200,8 +199,8 @@ class Worker:
     def _collect(self) -> None:
         self._outbox.put(Families(list(self._engine.metrics.registry.collect())))
 
-    def _write(self) -> None:
-        packer = Packer(self._interval)
+    def _write(self, interval: int) -> None:
+        packer = Packer(interval)
         try:
             while (item := self._outbox.get()) is not None:
                 message = packer.pack(item) if isinstance(item, list) else item

@@ -434,6 +434,7 @@ def test_packing(data: st.DataObject) -> None:
         for outputs, log in ((copy.deepcopy(step), sent), (_travelled(packer, unpacker, step), got)):
             for output in outputs:
                 log[output.request_id, output.index].append(output)
+    assert got.keys() == sent.keys()
     for key, ours in sent.items():
         theirs = got[key]
         if interval == 1:
