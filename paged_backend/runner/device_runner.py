@@ -1,15 +1,16 @@
 """Runs steps whose tokens never leave the device on the way to the next: fused model, sampling and state in one.
 
 The host only sends what it alone knows: which slots a step runs, at which positions, new blocks, prompt tokens. A step
-of decodes alone is a CUDA graph, one for each size of batch.
+of decodes, with or without short chunks of prompts, is a CUDA graph, one for each size of batch.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,13 @@ from paged_backend.scheduler.plan import StepPlan
 logger = logging.getLogger(__name__)
 
 _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+_SINGLES, _CHUNKS = (0, 64, 128, 256, 512), (128, 256, 512, 1024)
+"""Rows of one token, and tokens of chunks of prompts beside them: each pair has a graph, too."""
+_TOKENS_A_CHUNK = 16
+"""In the mean, at least: a graph has room for so many chunks."""
+_MOST_WORK = 2**41
+"""Parameters times tokens, at most, of such a graph. With more the device is busy for as long as the host takes to
+launch a step kernel by kernel, 5 to 20 ms, and computing what fills a batch up costs more than a graph saves."""
 _RING = 4  # steps whose host buffers are kept apart; two are in flight at most
 _Array = npt.NDArray[np.integer[Any]]
 
@@ -70,13 +78,27 @@ class _Enqueued:
 
 @dataclass(frozen=True, slots=True)
 class _Variant:
-    """Steps of decodes that one graph can run."""
+    """Steps that one graph can run."""
 
     rows: int
+    """Of one token."""
+    tokens: int = 0
+    """Of chunks of prompts; 0: all rows are decodes."""
     shared: bool = False
     """Whether rows share prefixes."""
     samples: bool = True
     """Whether it also samples: it does unless the logits are to be changed or looked at first."""
+
+
+class _Sizes(NamedTuple):
+    """Of what is sent for a step with chunks."""
+
+    singles: int
+    tokens: int
+    """Those of the chunks included."""
+    sampled: int
+    chunks: int
+    tiles: int
 
 
 class DeviceRunner(ModelRunner):
@@ -122,6 +144,12 @@ class DeviceRunner(ModelRunner):
         self._pads = cuda_graphs and paged_model.fused.has_static_shapes
         """Whether batches of decodes are padded to few sizes, each of which has a graph on CUDA."""
         self._cuda_graphs = self._pads and self._on_cuda
+        self._mixed_sizes: list[tuple[int, int]] = []
+        """Single rows, and tokens of chunks beside them, to which a batch of both may be padded."""
+        if self._cuda_graphs:
+            most = _MOST_WORK // sum(parameter.numel() for parameter in paged_model.model.parameters())
+            sizes = {(min(rows, num_slots), tokens) for rows in _SINGLES for tokens in _CHUNKS}
+            self._mixed_sizes = sorted(size for size in sizes if sum(size) <= most)
         self._requests: list[Request | None] = [None] * num_slots
         self._behind = np.zeros(num_slots, dtype=np.bool_)
         """Slots whose last tokens the batch state on the host lacks."""
@@ -137,8 +165,8 @@ class DeviceRunner(ModelRunner):
         self._received = [torch.zeros_like(self._tokens, device="cpu", pin_memory=self._on_cuda) for _ in range(_RING)]
         self._counters = paged_model.make_counters(num_slots)
         self._turn = 0
-        self._graphs: dict[_Variant, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        """With the logits that each leaves."""
+        self._graphs: dict[_Variant, tuple[torch.cuda.CUDAGraph, Tensor | None]] = {}
+        """With the logits that each leaves, if it does not sample."""
         if self._on_cuda:
             with torch.inference_mode():
                 self._prepare(num_slots)
@@ -213,75 +241,90 @@ class DeviceRunner(ModelRunner):
         if prefixes := self._find_prefixes(plan):
             shared = plan_prefixes(prefixes, plan.slots, size, self._group, self._num_shared_items)
             sections += [part.ravel() for part in shared]
-        variant = _Variant(size, bool(prefixes), not self._is_edited(plan))
+        variant = _Variant(size, shared=bool(prefixes), samples=not self._is_edited(plan))
         received = self._send(sections, plan.slots)
-        if variant in self._graphs:
-            graph, logits = self._graphs[variant]
-            graph.replay()
-        else:
-            logits = self._decode_step(variant, received)  # this also loads kernels, which a capture must not
-        logprobs = None
-        if not variant.samples:
-            _, device_slots, _, next_positions = received[0].view(4, -1)
-            logprobs = self._edit_and_sample(plan, logits, device_slots, next_positions)
-        if self._cuda_graphs and variant not in self._graphs:
-            self._capture(variant, received)
-        return logprobs
+        logits = self._run(variant, received)
+        if logits is None:
+            return None
+        _, device_slots, _, next_positions = received[0].view(4, -1)
+        return self._edit_and_sample(plan, logits, device_slots, next_positions)
 
     def _decode_step(self, variant: _Variant, received: list[Tensor]) -> Tensor:
-        """All that the device does in a step of decodes, but for what comes after `not variant.samples`; its logits."""
+        """The logits of a step of decodes."""
         batch, *rest = received
-        ids, slots, positions, next_positions = batch.view(4, -1)
+        ids, slots, positions, _ = batch.view(4, -1)
         inputs = self._inputs(ids, slots, positions, DecodeRows(slots, positions, self._counters))
         if variant.shared:
             rows, items, members = rest
             inputs.shared = SharedPrefixes(rows.view(-1, 4), items.view(self._num_shared_items, -1), members)
-        logits = self.paged_model.compute(inputs)
-        if variant.samples:
-            self._sample(logits, slots, next_positions)
-        return logits
+        return self.paged_model.compute(inputs)
 
     def _mixed(self, plan: StepPlan, scored: ScoredPrompts) -> Logprobs | None:
         """A step with chunks of prompts in it, or with more than a graph has room for."""
         starts, counts, slots, samples = plan.starts, plan.counts, plan.slots, plan.samples
-        ends = np.cumsum(counts)
-        offsets = ends - counts
-        singles = int((counts == 1).sum())
+        ends, singles, rows = np.cumsum(counts), int((counts == 1).sum()), int(samples.sum())
+        variant = self._mixed_variant(plan, singles)
+        offsets, at = ends - counts, np.arange(ends[-1])  # in the batch
         token_slots = np.repeat(slots, counts)
-        positions = np.arange(ends[-1]) + np.repeat(starts - offsets, counts)
+        positions = at + np.repeat(starts - offsets, counts)
         ids = self.state.tokens[token_slots, positions]
         ids[:singles][samples[:singles]] = -1  # perhaps sampled by the step before
-        sections: list[_Array] = [ids, token_slots, positions]
-        next_positions = (starts + counts)[samples]
-        sections += [
-            np.concatenate([(ends - 1)[samples], scored.places]),
-            np.concatenate([slots[samples], scored.slots]),
-            np.concatenate([next_positions - 1, scored.positions]),
-            next_positions,
-        ]
+        if variant is not None:
+            for place in offsets, at:
+                place[singles:] += variant.rows - singles
         prompts, chunks_at = self._whole_prompts(plan, offsets, singles)
-        chunked = slots[chunks_at], starts[chunks_at], counts[chunks_at], offsets[chunks_at]
-        sections += [*chunked, *plan_tiles(chunked[1], chunked[2], self._group)]
-        received = self._send(sections, slots)
-        device_ids, device_slots, device_positions, at, sampled_slots, sampled_positions, positions_then = received[:7]
-        decodes = chunks = None
-        if singles:
-            decodes = DecodeRows(device_slots[:singles], device_positions[:singles], self._counters)
-        if len(chunks_at):
-            chunks = PrefillRows(*received[7:13])
-        inputs = self._inputs(device_ids, device_slots, device_positions, decodes, chunks)
+        tile_rows, tile_indices = plan_tiles(starts[chunks_at], counts[chunks_at], self._group)
+        sizes = _Sizes(singles, len(at), rows + len(scored.places), len(chunks_at), len(tile_rows))
+        if variant is not None:
+            sizes = self._room(variant)
+        tokens, sampled, chunks, tiles = parts = _blank(sizes)
+        tokens[:, at] = ids, token_slots, positions
+        next_positions = (starts + counts)[samples]
+        sampled[:, :rows] = (offsets + counts - 1)[samples], slots[samples], next_positions - 1, next_positions
+        sampled[:3, rows : rows + len(scored.places)] = scored.places, scored.slots, scored.positions
+        chunks[:, : len(chunks_at)] = np.stack([slots, starts, counts, offsets])[:, chunks_at]
+        tiles[:, : len(tile_rows)] = tile_rows, tile_indices
+        received = self._send([row for part in parts for row in part], slots)
+        if variant is None:
+            both = self._mixed_step(singles, received, prompts)
+            scored.look_up(both[rows:])
+            logits = both[:rows] if rows else None
+        else:
+            logits = self._run(variant, received)
+        if logits is None:
+            return None
+        sampled_slots, positions_then = (part[: len(logits)] for part in received[4:7:2])
+        if self._is_edited(plan):
+            return self._edit_and_sample(plan, logits, sampled_slots, positions_then)
+        self._sample(logits, sampled_slots, positions_then)
+        return None
+
+    def _mixed_step(self, singles: int, received: list[Tensor], prompts: Sequence[tuple[int, int, int]] = ()) -> Tensor:
+        """The logits of a step with chunks."""
+        ids, slots, positions, at, sampled_slots, sampled_positions, _, *chunks = received
+        decodes = DecodeRows(slots[:singles], positions[:singles], self._counters) if singles else None
+        inputs = self._inputs(ids, slots, positions, decodes, PrefillRows(*chunks) if len(chunks[0]) else None)
         inputs.prompts = prompts
         inputs.sampled = DecodeRows(sampled_slots, sampled_positions, self._counters)
         inputs.sampled_at = at.long()
-        logits = self.paged_model.compute(inputs)
-        rows = len(next_positions)
-        scored.look_up(logits[rows:])
-        if not rows:
+        return self.paged_model.compute(inputs)
+
+    def _mixed_variant(self, plan: StepPlan, singles: int) -> _Variant | None:
+        """Which graph has room for a step with chunks, if one has."""
+        chunks = plan.counts[singles:]
+        tokens = max(int(chunks.sum()), len(chunks) * _TOKENS_A_CHUNK)
+        fitting = [size for size in self._mixed_sizes if size[0] >= singles and size[1] >= tokens]
+        if plan.scoring or not fitting:
             return None
-        if self._is_edited(plan):
-            return self._edit_and_sample(plan, logits[:rows], sampled_slots[:rows], positions_then)
-        self._sample(logits[:rows], sampled_slots[:rows], positions_then)
-        return None
+        return _Variant(*min(fitting, key=sum), samples=not self._is_edited(plan))
+
+    def _room(self, variant: _Variant) -> _Sizes:
+        """What a graph of steps with chunks is captured for; tiles that are none belong to one more, empty chunk."""
+        chunks, tile = variant.tokens // _TOKENS_A_CHUNK, ROWS // self._group
+        sampled = min(variant.rows + chunks, len(self._tokens))
+        return _Sizes(
+            variant.rows, variant.rows + variant.tokens, sampled, chunks + 1, -(-variant.tokens // tile) + chunks
+        )
 
     def _whole_prompts(
         self, plan: StepPlan, offsets: npt.NDArray[np.int64], singles: int
@@ -374,29 +417,67 @@ class DeviceRunner(ModelRunner):
     def _prepare(self, num_slots: int) -> None:
         """Compile what steps of decodes need, and capture a graph for each size."""
         began = time.perf_counter()
-        sizes = sorted({self._size(size) for size in (*_SIZES, num_slots)}, reverse=True)
-        none = np.zeros(0, dtype=np.int64)
+        variants = [_Variant(*size) for size in self._mixed_sizes]
+        variants += [_Variant(size) for size in {self._size(size) for size in (*_SIZES, num_slots)}]
 
         def run() -> None:
-            for size in sizes:  # that each overwrites what is sent for the others does not matter here
-                self._decode_step(_Variant(size), self._send([_padding(size).ravel()], none))
+            for variant in variants:  # that each overwrites what is sent for the others does not matter here
+                self._step(variant, self._send(self._nothing(variant), none))
 
+        none = np.zeros(0, dtype=np.int64)
         compiled = compile_ahead(run, self.device, launched=(locate,))
         logger.info("%d kernels ready after %.1f s", compiled, time.perf_counter() - began)
         if not self._cuda_graphs:
             return
-        for size in sizes:  # the largest first, so that the others fit into its memory
-            received = self._send([_padding(size).ravel()], none)
-            self._decode_step(_Variant(size), received)
-            self._capture(_Variant(size), received)
-        logger.info("%d CUDA graphs ready after %.1f s", len(sizes), time.perf_counter() - began)
+        variants.sort(
+            key=lambda one: -(one.rows + one.tokens)
+        )  # then the memory of the largest has room for the others
+        for variant in variants:
+            self._run(variant, self._send(self._nothing(variant), none))
+        logger.info("%d CUDA graphs ready after %.1f s", len(variants), time.perf_counter() - began)
+
+    def _nothing(self, variant: _Variant) -> list[_Array]:
+        """What is sent for a step of padding alone."""
+        if variant.tokens:
+            return [row for part in _blank(self._room(variant)) for row in part]
+        return [_padding(variant.rows).ravel()]
+
+    def _run(self, variant: _Variant, received: list[Tensor]) -> Tensor | None:
+        """Run a step that has, or gets, a graph; returns its logits if it does not sample."""
+        if variant in self._graphs:
+            graph, logits = self._graphs[variant]
+            graph.replay()
+            return logits
+        logits = self._step(variant, received)  # this also loads kernels, which a capture must not
+        if self._cuda_graphs:
+            self._capture(variant, received)
+        return logits
+
+    def _step(self, variant: _Variant, received: list[Tensor]) -> Tensor | None:
+        """All that the device does for `_run`."""
+        if variant.tokens:
+            logits, (slots, next_positions) = self._mixed_step(variant.rows, received), received[4:7:2]
+        else:
+            logits, (_, slots, _, next_positions) = self._decode_step(variant, received), received[0].view(4, -1)
+        if not variant.samples:
+            return logits
+        self._sample(logits, slots, next_positions)
+        return None
 
     def _capture(self, variant: _Variant, received: list[Tensor]) -> None:
         pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            logits = self._decode_step(variant, received)
+            logits = self._step(variant, received)
         self._graphs[variant] = graph, logits
+
+
+def _blank(sizes: _Sizes) -> tuple[npt.NDArray[np.int32], ...]:
+    """What is sent for a step with chunks, of padding alone: ids, slots and positions of tokens; places, slots,
+    positions and next positions of those that sample; `PrefillRows` of chunks and of tiles."""
+    tiles = np.zeros((2, sizes.tiles), dtype=np.int32)
+    tiles[0] = sizes.chunks - 1
+    return _padding(sizes.tokens)[:3], _padding(sizes.sampled), np.zeros((4, sizes.chunks), dtype=np.int32), tiles
 
 
 def _padding(rows: int) -> npt.NDArray[np.int32]:

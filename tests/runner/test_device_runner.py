@@ -109,21 +109,27 @@ def tokens_of(outputs: list[RequestOutput]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("family", "overrides"),
+    ("family", "overrides", "sizes"),
     [
-        ("llama", {}),
-        ("mistral", {}),
-        ("gemma2", {"final_logit_softcapping": 3.0}),
-        ("gpt_oss", {"head_dim": 16, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("llama", {}, []),
+        ("mistral", {}, [(0, 16), (4, 16)]),
+        ("gemma2", {"final_logit_softcapping": 3.0}, [(0, 16), (2, 8), (3, 16)]),
+        ("gpt_oss", {"head_dim": 16, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, []),
     ],
 )
-def test_chunks_and_decodes_in_one_step_equal_each_alone(make: Any, family: str, overrides: dict[str, Any]) -> None:
-    model = build(family, **overrides).to(DEVICE)
+def test_chunks_and_decodes_in_one_step_equal_each_alone(
+    make: Any, monkeypatch: pytest.MonkeyPatch, family: str, overrides: dict[str, Any], sizes: list[tuple[int, int]]
+) -> None:
+    monkeypatch.setattr(device_runner, "_TOKENS_A_CHUNK", 5)
+    model, room = build(family, **overrides).to(DEVICE), DeviceRunner._room
     prompts = [*random_prompts(3, 12, 128), list(range(30, 57))]
     lengths = [7, 3, 5, 4]
     want = [own_tokens(model, prompt, length) for prompt, length in zip(prompts, lengths, strict=True)]
     engine = make(model, max_num_seqs=3, max_num_batched_tokens=12)
     assert len(engine.tables.groups) == (2 if family in ("gemma2", "gpt_oss") else 1)
+    runner_of(engine)._mixed_sizes = sizes
+    padded = []
+    monkeypatch.setattr(DeviceRunner, "_room", lambda *of: padded.append(room(*of)) or padded[-1])
     plans = watch(engine)
     outputs = engine.generate(prompts, [same_as_own(length, 2) for length in lengths])
     assert tokens_of(outputs) == want
@@ -131,6 +137,7 @@ def test_chunks_and_decodes_in_one_step_equal_each_alone(make: Any, family: str,
     assert kinds == {(True, False), (False, True), (True, True)}
     assert any(not plan.samples.all() for plan in plans), "no prompt was cut"
     assert engine.stats().steps < sum(lengths), "nothing ran together"
+    assert len(set(padded)) == len(sizes), "a size that no step was padded to"
 
 
 @pytest.mark.parametrize(("family", "num_blocks"), [("llama", 8), ("gemma2", 14)])
@@ -211,6 +218,7 @@ def test_no_stop_before_min_tokens_in_decodes_and_beside_chunks(make: Any, monke
     config = {"max_num_batched_tokens": 8, "max_num_seqs": 5}
     want = make(attention_backend="reference", **config).generate(prompts, params)
     engine = make(model, **config)
+    runner_of(engine)._mixed_sizes = [(5, 16)]
     is_edited, seen = DeviceRunner._is_edited, set()
 
     def ask_and_tell(runner: DeviceRunner, plan: StepPlan) -> bool:
@@ -483,6 +491,7 @@ def test_random_mixes_get_the_tokens_of_the_reference_backend(make: Any, seed: i
     rng = random.Random(seed)
     plain = make(attention_backend="reference", max_num_seqs=8)
     engine = make(num_blocks=14, max_model_len=36, max_num_batched_tokens=10, max_num_seqs=5)
+    runner_of(engine)._mixed_sizes = [[], [(0, 48), (2, 20), (5, 48)]][seed]
     family = [rng.randrange(3, 128) for _ in range(16)]
     asked: dict[str, tuple[list[int], SamplingParams]] = {}
     got: dict[str, dict[int, list[int]]] = {}
