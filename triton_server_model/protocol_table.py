@@ -33,6 +33,8 @@ class WireOptions(CheckedModel):
     """Send `logprobs`."""
     return_num_input_tokens: bool = False
     """Send `num_input_tokens`."""
+    return_num_cached_tokens: bool = False
+    """Send `num_cached_tokens`."""
     return_num_output_tokens: bool = False
     """Send `num_output_tokens`."""
     return_output_token_ids: bool = False
@@ -85,7 +87,8 @@ _FIRST_ELSEWHERE: dict[str, Dialect] = {
     **dict.fromkeys(["beam_width", "length_penalty", "early_stopping", "end_id"], "TensorRT-LLM"),
     **dict.fromkeys(["guided_decoding_guide_type", "guided_decoding_guide"], "TensorRT-LLM"),
     **dict.fromkeys(["priority", "timeout"], "Triton"),
-    **dict.fromkeys(["tenant", "cache_salt", "timeout_ms", "queue_timeout_ms", "return_output_token_ids"], "own"),
+    **dict.fromkeys(["tenant", "cache_salt", "timeout_ms", "queue_timeout_ms"], "own"),
+    **dict.fromkeys(["return_num_cached_tokens", "return_output_token_ids"], "own"),
 }
 
 
@@ -220,6 +223,7 @@ OUTPUTS = (
         'place; "null" unless `logprobs` was asked for.',
     ),
     Output("num_input_tokens", "UINT32 [1]", "Tokens of the prompt."),
+    Output("num_cached_tokens", "UINT32 [1]", "Those of them that were in the prefix cache, and not computed."),
     Output("num_output_tokens", "UINT32 [-1]", "Of each output: how many tokens are new in this response."),
     Output(
         "output_token_ids",

@@ -61,7 +61,7 @@ class Reply:
         self._trace: Callable[[Sequence[RequestOutput]], None] | None = None
         self._stream, self._asked, self._logprobs = False, tuple[str, ...](), False
         self._prompt_input, self._prompt_logprobs = "text_input", list[list[Logprob]]()
-        self._num_prompt_tokens = 0
+        self._num_prompt_tokens = self._num_cached_tokens = 0
         self._sequences: list[_Sequence] = []
 
     def begin(self, generation: Generation, trace: Callable[[Sequence[RequestOutput]], None] | None) -> None:
@@ -83,6 +83,7 @@ class Reply:
             self._sequences[output.index].add(output)
             self._prompt_logprobs += output.prompt_logprobs or ()
             self._num_prompt_tokens = output.num_prompt_tokens or self._num_prompt_tokens
+            self._num_cached_tokens = output.num_cached_tokens or self._num_cached_tokens
             ended |= output.finish_reason in _REASONS
             if output.finish_reason in ("abort", "error"):
                 failure = failure or output.error or Cancelled("Request was cancelled")
@@ -131,6 +132,8 @@ class Reply:
                 return _strings(_json(sequence.logprobs) if self._logprobs else "null" for sequence in sequences)
             case "num_input_tokens":
                 return np.array([self._num_prompt_tokens], dtype=np.uint32)
+            case "num_cached_tokens":
+                return np.array([self._num_cached_tokens], dtype=np.uint32)
             case "num_output_tokens":
                 return np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.uint32)
             case "output_token_ids":

@@ -18,6 +18,8 @@ PROMPT = "the fox"
 SERVED = {name.name: name for name in NAMES if name.status == "served"}
 RETURNS = {name: True for name in SERVED if name.startswith("return_")}
 """Asks for all outputs."""
+COUNTS = ("num_input_tokens", "num_cached_tokens")
+"""Outputs that are the same in every response."""
 
 
 def expected(engine: Engine, params: dict[str, Any], prompt: Any = PROMPT) -> dict[str, Any]:
@@ -32,6 +34,7 @@ def expected(engine: Engine, params: dict[str, Any], prompt: Any = PROMPT) -> di
         "cumulative_logprob": [pytest.approx(sample.cumulative_logprob, rel=1e-4) for sample in samples],
         "logprobs": [_objects(sample.logprobs) for sample in samples],
         "num_input_tokens": [output.num_prompt_tokens],
+        "num_cached_tokens": [output.num_cached_tokens],
         "num_output_tokens": [len(sample.token_ids) for sample in samples],
         "output_token_ids": [token for sample in samples for token in sample.token_ids],
     }
@@ -69,7 +72,7 @@ def joined(responses: list[dict[str, Any]]) -> dict[str, Any]:
     for before, after in itertools.pairwise(responses):
         for reason, then, new in zip(before["finish_reason"], after["finish_reason"], after["ids"], strict=True):
             assert reason == "None" or (then == reason and not new)
-    last = {name: responses[-1][name] for name in ("finish_reason", "cumulative_logprob", "num_input_tokens")}
+    last = {name: responses[-1][name] for name in ("finish_reason", "cumulative_logprob", *COUNTS)}
     added = {
         name: [functools.reduce(operator.add, parts) for parts in zip(*(each[name] for each in responses), strict=True)]
         for name in ("text_output", "logprobs", "num_output_tokens", "ids")

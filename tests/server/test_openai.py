@@ -123,6 +123,7 @@ def test_chat(api: openai.OpenAI, engine: Engine) -> None:
     assert (choice.message.role, choice.message.content) == ("assistant", expected.text)
     assert (choice.finish_reason, choice.logprobs, choice.message.tool_calls) == ("length", None, None)
     assert whole.usage is not None
+    assert whole.usage.prompt_tokens_details is not None
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (expected.num_prompt_tokens, 12)
 
     first, *texts, last, usage = api.chat.completions.create(
@@ -134,8 +135,19 @@ def test_chat(api: openai.OpenAI, engine: Engine) -> None:
     assert {chunk.choices[0].finish_reason for chunk in (first, *texts)} == {None}
     assert last.choices[0].delta.model_dump(exclude_unset=True) == {}
     assert last.choices[0].finish_reason == "length"
+    whole.usage.prompt_tokens_details.cached_tokens = whole.usage.prompt_tokens // 16 * 16  # full blocks, by now
     assert (usage.choices, usage.usage) == ([], whole.usage)
     assert {chunk.usage for chunk in (first, *texts, last)} == {None}
+
+
+def test_usage_tells_of_the_prefix_cache(api: openai.OpenAI) -> None:
+    prompt, cached = list(range(60, 100)), []
+    for prompts in ([prompt], [prompt, prompt[:20] + [7]]):  # of which the first 32 and 16 tokens are full blocks
+        made = api.completions.create(model=MODEL_NAME, prompt=prompts, max_tokens=2, **GREEDY)
+        assert made.usage is not None
+        assert made.usage.prompt_tokens_details is not None
+        cached.append(made.usage.prompt_tokens_details.cached_tokens)
+    assert cached == [0, 32 + 16]
 
 
 def test_events_are_as_openai_sends_them(http: httpx.Client) -> None:

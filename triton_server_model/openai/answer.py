@@ -56,19 +56,24 @@ class Usage:
     """Counts tokens."""
 
     def __init__(self) -> None:
-        self._prompts: dict[int, int] = {}
+        self._prompts: dict[int, tuple[int, int]] = {}
+        """Tokens of each, and how many of these were cached."""
         self._completion = 0
 
     def add(self, number: int, response: client.Response) -> None:
         """Count what came for the prompt of that number."""
-        self._prompts[number] = response.num_prompt_tokens
+        self._prompts[number] = response.num_prompt_tokens, response.num_cached_tokens
         self._completion += sum(output.num_tokens for output in response.outputs)
 
-    def document(self) -> dict[str, int]:
+    def document(self) -> dict[str, Any]:
         """What OpenAI calls usage."""
-        prompt = sum(self._prompts.values())
-        total = prompt + self._completion
-        return {"prompt_tokens": prompt, "completion_tokens": self._completion, "total_tokens": total}
+        prompt, cached = (sum(tokens[part] for tokens in self._prompts.values()) for part in (0, 1))
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self._completion,
+            "total_tokens": prompt + self._completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
 
 
 async def answer(server: client.TritonClient, http: Request, reply: Reply) -> Response:

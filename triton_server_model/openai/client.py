@@ -45,6 +45,8 @@ class Response:
     """Those that had not ended before."""
     num_prompt_tokens: int
     """0 unless the request asks for counts."""
+    num_cached_tokens: int
+    """Of the prompt; likewise."""
     prompt_logprobs: list[Token]
     """In the first response, if the request asks for them."""
 
@@ -136,8 +138,9 @@ def _response(message: Any, ended: set[int]) -> Response:
     ]
     ended.update(output.index for output in outputs if output.finish_reason is not None)
     (num_prompt_tokens,) = _numbers(tensors.get("num_input_tokens", b"")) or (0,)
+    (num_cached_tokens,) = _numbers(tensors.get("num_cached_tokens", b"")) or (0,)
     (prompt_logprobs,) = _strings(tensors.get("prompt_logprobs", b"")) or ("null",)
-    return Response(outputs, num_prompt_tokens, _tokens(prompt_logprobs))
+    return Response(outputs, num_prompt_tokens, num_cached_tokens, _tokens(prompt_logprobs))
 
 
 def _strings(data: bytes) -> list[str]:

@@ -65,6 +65,7 @@ class GenerationRequest(SamplingParams):
             "return_finish_reason": True,
             "return_logprobs": "logprobs" in sampling,
             "return_num_input_tokens": counts,
+            "return_num_cached_tokens": counts,
             "return_num_output_tokens": counts,
         }
 
