@@ -32,8 +32,8 @@ LONGEST = 60
 ENGINE = {
     "dtype": "float32",
     "device": "cpu",
-    "max_num_seqs": STREAMS // 2,
-    "max_waiting": STREAMS // 2,
+    "max_num_seqs": STREAMS // 4,  # so few that some are refused though the clients share one interpreter
+    "max_waiting": STREAMS // 8,
     "num_blocks": 1024,
 }
 
