@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from paged_kernels.cpu import layers
+from paged_kernels.cpu import layers, library
 
 pytest.importorskip("triton")  # the references lie beside kernels for GPUs
 from paged_kernels.gpu.activation import gated_reference
@@ -56,3 +56,20 @@ def test_packed_weights_are_made_anew_after_a_change(tokens: int, has_bias: bool
         torch.testing.assert_close(linears(x, weight, bias), F.linear(x, weight, bias), rtol=0.02, atol=0.1)
         weight.mul_(-2)
         linears.forget()
+
+
+@pytest.mark.parametrize(
+    "variant", [name for name, needs in library.VARIANTS.items() if library.features() >= set(needs)]
+)
+@pytest.mark.parametrize(("width", "depth"), [(1, 1), (5, 16), (7, 33), (3, 128), (40, 391), (2, 576)])
+def test_few_rows(monkeypatch: pytest.MonkeyPatch, variant: str, width: int, depth: int) -> None:
+    kernels = library.load(variant)
+    monkeypatch.setattr(library, "load", lambda: kernels)
+    torch.manual_seed(depth)
+    weight, bias = torch.randn(width, depth).bfloat16(), torch.randn(width).bfloat16()
+    for rows in range(1, layers.MOST_FEW_ROWS + 1):
+        x = torch.randn(rows, depth).bfloat16()
+        for added in (None, bias):
+            want = F.linear(x.double(), weight.double(), None if added is None else added.double())
+            got = layers.few_rows(x, weight, added)
+            torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-4)

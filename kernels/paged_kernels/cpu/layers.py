@@ -13,13 +13,14 @@ from paged_kernels.cpu import int8
 from paged_kernels.cpu.call import call
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_FEW = 32  # rows that packing is made for; more use the same packed weights
+MOST_FEW_ROWS = 4
+_PACKED_FOR = 32  # rows; more use the same packed weights
 
 
 class Linears:
     """Linear layers over copies of the weights, made at their first use.
 
-    In bfloat16, oneDNN gets the weights in the layout it likes. Once quantised, they are int8.
+    In bfloat16, oneDNN gets the weights in the layout it likes; few rows need no copies. Once quantised, they are int8.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,13 +37,15 @@ class Linears:
             return int8.linear(x, self._integers_of(weight), bias)
         if weight.dtype != torch.bfloat16:
             return F.linear(x, weight, bias)
+        if 0 < len(x) <= MOST_FEW_ROWS:
+            return few_rows(x, weight, bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._pack(weight), bias, "none", [], "")
         return out
 
     def _pack(self, weight: Tensor) -> Tensor:
         packed = self._packed.get(weight.data_ptr())
         if packed is None:
-            packed = self._packed[weight.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight, _FEW)
+            packed = self._packed[weight.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR)
         return packed
 
     def _integers_of(self, weight: Tensor) -> int8.Weight:
@@ -73,6 +76,16 @@ class Linears:
         out = gate_up.new_empty(tokens, inner)
         call(f"paged_gated_{_NAMES[x.dtype]}", gate_up, out, tokens, inner, activation == "gelu_tanh")
         return out
+
+
+def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` of up to `MOST_FEW_ROWS` rows in bfloat16: what counts is how fast the weights are read, once.
+
+    `x` is `[rows, depth]`, `weight` `[width, depth]`, `bias` `[width]` or None, all contiguous. Sums are float32.
+    """
+    out = x.new_empty(len(x), len(weight))
+    call("paged_few_rows", x, weight, bias, out, len(x), *weight.shape)
+    return out
 
 
 def add_norm(
