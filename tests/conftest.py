@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,22 @@ from tests.tiny import build
 def _one_thread() -> None:
     # Two test processes on two cores would otherwise fight over OpenMP's spinning threads.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patch_once() -> None:
+    """Triton's interpreter patches its language anew at every call of a device function: up to half of its time."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        return
+    from triton.runtime import interpreter
+
+    patch = functools.cache(interpreter._patch_lang)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patch(self.fn)  # never undone, unlike that of a launch
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 @pytest.fixture(scope="session")
