@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ if not torch.cuda.is_available():
 from transformers import PreTrainedTokenizerFast
 
 from paged_backend import models
+from tests import interpreter
 from tests.tiny import build
 
 
@@ -26,19 +25,9 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _patch_once() -> None:
-    """Triton's interpreter patches its language anew at every call of a device function: up to half of its time."""
-    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
-        return
-    from triton.runtime import interpreter
-
-    patch = functools.cache(interpreter._patch_lang)
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        patch(self.fn)  # never undone, unlike that of a launch
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = call
+def _quick_interpreter() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+        interpreter.quicken()
 
 
 @pytest.fixture(scope="session")
