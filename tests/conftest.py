@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ if not torch.cuda.is_available():
 from transformers import PreTrainedTokenizerFast
 
 from paged_backend import models
+from tests import interpreter
 from tests.tiny import build
 
 
@@ -20,6 +22,12 @@ from tests.tiny import build
 def _one_thread() -> None:
     # Two test processes on two cores would otherwise fight over OpenMP's spinning threads.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+        interpreter.quicken()
 
 
 @pytest.fixture(scope="session")

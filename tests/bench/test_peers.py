@@ -19,6 +19,7 @@ from paged_backend.bench import peers, worker, workloads
 from paged_backend.bench.peers import Process
 from paged_backend.bench.workloads import Workload
 from paged_backend.errors import PagedBackendError
+from tests.server.client import eventually
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,7 +76,7 @@ def test_vllm_is_driven_by_a_script_without_this_package(tmp_path: Path) -> None
         process.warm_up(Workload("w", [([1, 2], 3), ([1], 4)]))
         process.reset()
         process.run(Workload("w", []))
-        assert psutil.Process(process._process.pid).status() == psutil.STATUS_STOPPED
+        eventually(lambda: psutil.Process(process._process.pid).status() == psutil.STATUS_STOPPED)
         with pytest.raises(PagedBackendError, match=r"(?s)vLLM 0.32.0 ended with code 1: .*vLLM made 2 of 3 tokens"):
             process.warm_up(Workload("w", [([1] * 8, 3)]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,9 +20,11 @@ def test_streams_through_a_server(tiny_llama_dir: Path, tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "paged-backend"), "bench", "serving", "--model", str(tiny_llama_dir)]
     command += ["--dtype", "float32", "--device", "cpu", "--set", "num_blocks=256", "--output", str(output)]
     command += ["--streams", "1", "--streams", "6", "--prompt-tokens", "20", "--output-tokens", "30", "--repeat", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    wide = os.environ | {"COLUMNS": "200"}  # however long the figures are
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=wide)
     assert done.returncode == 0, done.stderr
-    assert all(column in done.stdout for column in ("Triton", "tok/s", "share", "TTFT ms", "queue", "prefill"))
+    columns = ("Triton", "tok/s", "share", "TTFT ms", "queue", "prefill")
+    assert all(column in done.stdout for column in columns), done.stdout
 
     told = json.loads(output.read_text())
     assert (told["model"], told["prompt_tokens"], told["output_tokens"]) == (tiny_llama_dir.name, 20, 30)

@@ -76,7 +76,7 @@ def check(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block_size", [16, 32, 64, 96])
+@pytest.mark.parametrize("block_size", [16, 32, 64, 96] if DEVICE == "cuda" else [16, 64, 96])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (3, 3, 80), (20, 1, 64), (2, 1, 128), (2, 1, 256)])
 def test_random_lengths(heads: int, kv_heads: int, dim: int, block_size: int, dtype: torch.dtype) -> None:
     r = random.Random(heads * dim * block_size)

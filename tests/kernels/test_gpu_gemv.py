@@ -17,6 +17,8 @@ from paged_kernels.gpu.gemv import (
 )
 from torch import Tensor
 
+from tests.kernels import RUNS
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -32,10 +34,10 @@ def inputs(rows: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 def check(kernel: Callable[..., Tensor], reference: Callable[..., Tensor], *arguments: Any) -> None:
-    first, again, want = (
-        f(*(a.clone() if isinstance(a, Tensor) else a for a in arguments)) for f in (kernel, kernel, reference)
+    first, *more, want = (
+        f(*(a.clone() if isinstance(a, Tensor) else a for a in arguments)) for f in [kernel] * RUNS + [reference]
     )
-    assert torch.equal(first, again)
+    assert all(torch.equal(first, again) for again in more)
     assert first.dtype == want.dtype
     torch.testing.assert_close(first, want, atol=TOLERANCE[want.dtype], rtol=TOLERANCE[want.dtype])
 

@@ -9,6 +9,8 @@ from paged_kernels.gpu.rope import rope_and_write
 from paged_kernels.rope import Rope, rope_and_write_reference
 from torch import Tensor
 
+from tests.kernels import RUNS
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -48,16 +50,16 @@ def check(
         norms = [(torch.rand(dim, generator=generator) + 0.5).to(DEVICE, norm_dtype or dtype) for _ in range(2)]
 
     results = []
-    for write in (rope_and_write, rope_and_write, rope_and_write_reference):
+    for write in [rope_and_write] * RUNS + [rope_and_write_reference]:
         # A NaN in what is written would fail against the reference; one in what is not must keep its bits.
         shape = (blocks, kv_heads, block_size, dim)
         cache = LayerCache(*(torch.full(shape, float("nan"), dtype=dtype, device=DEVICE) for _ in range(2)))
         own = qkv.clone()
         write(own, positions, slots, rope, *norms, 1e-6, cache, heads, kv_heads)
         results.append((own, *cache))
-    for one, two, want in zip(*results, strict=True):
+    for one, *more, want in zip(*results, strict=True):
         bits = BITS[dtype.itemsize]
-        assert torch.equal(one.view(bits), two.view(bits))
+        assert all(torch.equal(one.view(bits), two.view(bits)) for two in more)
         torch.testing.assert_close(one, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], equal_nan=True)
     own, keys, values = results[0]
     untouched = torch.ones(blocks * block_size, dtype=torch.bool, device=DEVICE)

@@ -6,7 +6,6 @@ through a wrong, stale, shared or swapped block is seen at once, and the output 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,17 +21,14 @@ from paged_backend.scheduler.preemption import LowestRanked, PreemptionPolicy
 from paged_backend.scheduler.scheduler import Scheduler
 
 VOCAB = 5
-
-
-def contents(token_ids: Sequence[int]) -> list[int]:
-    """What K and V of each token stand for."""
-    return list(itertools.accumulate(token_ids, lambda before, token: hash((before, token)), initial=17))[1:]
+START = 17
 
 
 def expected(prompt: Sequence[int], length: int) -> list[int]:
     """The output of the toy model."""
-    tokens = list(prompt)
-    chain = contents(tokens)[-1]
+    tokens, chain = list(prompt), START
+    for token in prompt:
+        chain = hash((chain, token))
     for _ in range(length):
         tokens.append(chain % VOCAB)
         chain = hash((chain, tokens[-1]))
@@ -74,10 +70,12 @@ class Toy:
             host=self.host,
         )
         self.live: dict[str, Request] = {}
-        self.device: dict[tuple[int, int], int] = {}
-        """(block, offset) -> content."""
-        self.memory: dict[tuple[int, int], int] = {}
+        self.nothing: list[int | None] = [None] * self.block_size
+        self.device: dict[int, list[int | None]] = {}
+        """What is in each block."""
+        self.memory: dict[int, list[int | None]] = {}
         """The same of the host."""
+        self.chains: dict[str, list[int]] = {}
         self.computed_tokens = 0
         self.arrivals = self.steps = 0
         self.in_flight = 0
@@ -108,6 +106,13 @@ class Toy:
         self.scheduler.remove(request)
         del self.live[request.request_id]
 
+    def chain(self, request: Request) -> list[int]:
+        """What K and V of each of its tokens stand for. Tokens are only ever added."""
+        chain = self.chains.setdefault(request.request_id, [])
+        for token in request.token_ids[len(chain) :]:
+            chain.append(hash((chain[-1] if chain else START, token)))
+        return chain
+
     def step(self) -> StepPlan:
         plan = self.scheduler.schedule()
         self.steps += 1
@@ -117,7 +122,7 @@ class Toy:
             self.scheduler.end_step()
             self.in_flight -= 1
         for request in plan.sampling:
-            request.token_ids.append(contents(request.token_ids)[-1] % VOCAB)
+            request.token_ids.append(self.chain(request)[-1] % VOCAB)
             if len(request.token_ids) == request.max_total_tokens:
                 request.end("length")
                 self.scheduler.remove(request)
@@ -139,10 +144,7 @@ class Toy:
             (self.memory, self.device, plan.moves.fetches),
         ):
             for origin, destination in pairs:
-                for at in range(self.block_size):
-                    target.pop((destination, at), None)
-                    if (origin, at) in source:
-                        target[destination, at] = source[origin, at]
+                target[destination] = list(source.get(origin, self.nothing))
         assert plan.num_tokens <= self.budget
         assert len(set(plan.slots.tolist())) == len(plan.slots) <= self.num_slots
         assert [count > 1 for count in plan.counts.tolist()] == sorted(count > 1 for count in plan.counts.tolist())
@@ -153,18 +155,21 @@ class Toy:
         for slot, start, count in rows:
             assert count > 0
             self.computed_tokens += count
-            chain = contents(requests[slot].token_ids)
+            chain = self.chain(requests[slot])
             for at in range(start, start + count):
                 for table in self.tables.array[:, slot]:
                     block = int(table[at // self.block_size])
                     assert block > 0, "a token is written nowhere"
-                    self.device[block, at % self.block_size] = chain[at]
+                    self.device.setdefault(block, list(self.nothing))[at % self.block_size] = chain[at]
         for slot, start, count in rows:
-            chain = contents(requests[slot].token_ids)
-            for group, table in zip(self.groups, self.tables.array[:, slot], strict=True):
-                for at in range(group.first_needed(start), start + count):
-                    where = (int(table[at // self.block_size]), at % self.block_size)
-                    assert self.device.get(where) == chain[at], "a token sees what is not its own"
+            chain, end = self.chain(requests[slot]), start + count
+            for group, table in zip(self.groups, self.tables.array[:, slot].tolist(), strict=True):
+                begin = group.first_needed(start)
+                first = begin // self.block_size
+                blocks = table[first : -(-end // self.block_size)]
+                held = [content for block in blocks for content in self.device.get(block, self.nothing)]
+                before = begin - first * self.block_size
+                assert held[before : before + end - begin] == chain[begin:end], "a token sees what is not its own"
         for request in self.live.values():
             running = request.status is RequestStatus.RUNNING
             assert running == (request.slot >= 0) == (request not in self.scheduler.waiting)
