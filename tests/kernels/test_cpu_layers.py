@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
-from paged_kernels.cpu import layers, library
+from paged_kernels.cpu import layers, library, linear
 
 pytest.importorskip("triton")  # the references lie beside kernels for GPUs
 from paged_kernels.gpu.activation import gated_reference
@@ -58,18 +60,37 @@ def test_packed_weights_are_made_anew_after_a_change(tokens: int, has_bias: bool
         linears.forget()
 
 
-@pytest.mark.parametrize(
-    "variant", [name for name, needs in library.VARIANTS.items() if library.features() >= set(needs)]
-)
-@pytest.mark.parametrize(("width", "depth"), [(1, 1), (5, 16), (7, 33), (3, 128), (40, 391), (2, 576)])
-def test_few_rows(monkeypatch: pytest.MonkeyPatch, variant: str, width: int, depth: int) -> None:
-    kernels = library.load(variant)
+@pytest.fixture(params=[name for name, needs in library.VARIANTS.items() if library.features().issuperset(needs)])
+def _variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = library.load(request.param)
     monkeypatch.setattr(library, "load", lambda: kernels)
-    torch.manual_seed(depth)
-    weight, bias = torch.randn(width, depth).bfloat16(), torch.randn(width).bfloat16()
+
+
+@pytest.mark.usefixtures("_variant")
+@pytest.mark.parametrize(("width", "depth"), [(1, 1), (5, 16), (7, 33), (3, 128), (40, 391), (2, 576)])
+def test_few_rows(width: int, depth: int) -> None:
     for rows in range(1, layers.MOST_FEW_ROWS + 1):
-        x = torch.randn(rows, depth).bfloat16()
+        check_linear(layers.few_rows, rows, width, depth)
+
+
+@pytest.mark.usefixtures("_variant")
+@pytest.mark.parametrize(("width", "depth"), [(1, 2), (48, 64), (97, 130), (143, 20), (200, 46)])
+def test_packed_for_pairs(width: int, depth: int) -> None:
+    def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return linear.linear(x, linear.pack(weight), width, bias)
+
+    for rows in (1, 2, 3, 5, 8, 9, 15, 137, 300):
+        check_linear(packed_linear, rows, width, depth)
+
+
+def check_linear(function: Callable[..., torch.Tensor], rows: int, width: int, depth: int) -> None:
+    """With a bias and without, on more threads than one."""
+    torch.manual_seed(rows * depth)
+    x, weight, bias = (torch.randn(shape).bfloat16() for shape in ((rows, depth), (width, depth), width))
+    torch.set_num_threads(2)
+    try:
         for added in (None, bias):
             want = F.linear(x.double(), weight.double(), None if added is None else added.double())
-            got = layers.few_rows(x, weight, added)
-            torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-4)
+            torch.testing.assert_close(function(x, weight, added).double(), want, rtol=2**-8, atol=1e-4)
+    finally:
+        torch.set_num_threads(1)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paged_kernels.cpu import int8
+from paged_kernels.cpu import int8, linear
 from paged_kernels.cpu.call import call
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -20,13 +20,14 @@ _PACKED_FOR = 32  # rows; more use the same packed weights
 class Linears:
     """Linear layers over copies of the weights, made at their first use.
 
-    In bfloat16, oneDNN gets the weights in the layout it likes; few rows need no copies. Once quantised, they are int8.
+    In bfloat16 they are packed for our own product, or else for oneDNN's, and few rows need no copies. Once quantised,
+    they are int8.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.own = False
         """There is no other way to compute one row."""
-        self._quantized = False
+        self._quantized, self._in_panels = False, linear.is_fastest()
         self._packed: dict[int, Tensor] = {}
         """By address of the weight."""
         self._integers: dict[int, int8.Weight] = {}
@@ -37,6 +38,8 @@ class Linears:
             return int8.linear(x, self._integers_of(weight), bias)
         if weight.dtype != torch.bfloat16:
             return F.linear(x, weight, bias)
+        if self._in_panels and x.shape[1] % 2 == 0:
+            return linear.linear(x, self._pack(weight), len(weight), bias)
         if 0 < len(x) <= MOST_FEW_ROWS:
             return few_rows(x, weight, bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._pack(weight), bias, "none", [], "")
@@ -45,7 +48,11 @@ class Linears:
     def _pack(self, weight: Tensor) -> Tensor:
         packed = self._packed.get(weight.data_ptr())
         if packed is None:
-            packed = self._packed[weight.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR)
+            if self._in_panels and weight.shape[1] % 2 == 0:
+                packed = linear.pack(weight)
+            else:
+                packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR)
+            self._packed[weight.data_ptr()] = packed
         return packed
 
     def _integers_of(self, weight: Tensor) -> int8.Weight:
