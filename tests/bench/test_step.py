@@ -50,6 +50,7 @@ def bench_step(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("void at::native::(anonymous namespace)::indexSelectSmallIndex<c10::BFloat16>", "other"),
         ("aten::embedding", "other"),
         ("paged_attention_bfloat16", "attention"),
+        ("paged_few_rows_linear", "linears"),
         ("paged_add_norm_bfloat16_float32", "norms"),
         ("paged_gated_bfloat16", "activation"),
         ("aten::argmax", "sampling"),
@@ -142,7 +143,7 @@ def test_decodes(
     assert linears["gb_per_second"] == pytest.approx(linears["model_bytes"] / linears["microseconds"] / 1e3)
     assert linears["of_copy"] == pytest.approx(linears["gb_per_second"] / step["copy_gb_per_second"])
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
-    assert names & {"aten::addmm", "aten::mm", "mkldnn::_linear_pointwise"}
+    assert names & {"aten::addmm", "aten::mm", "mkldnn::_linear_pointwise", "paged_linear"}
     out = capsys.readouterr().out
     assert "3 x 1 tokens" in out
     assert f"{linears['share']:.1%}" in out

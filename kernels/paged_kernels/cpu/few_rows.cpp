@@ -47,7 +47,7 @@ void outputs(
 
 }  // namespace
 
-extern "C" void paged_few_rows(
+extern "C" void paged_few_rows_linear(
     const bfloat* x, const bfloat* weight, const bfloat* bias, bfloat* out, int64_t rows, int64_t width, int64_t depth,
     int threads
 ) {

@@ -91,7 +91,7 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     `x` is `[rows, depth]`, `weight` `[width, depth]`, `bias` `[width]` or None, all contiguous. Sums are float32.
     """
     out = x.new_empty(len(x), len(weight))
-    call("paged_few_rows", x, weight, bias, out, len(x), *weight.shape)
+    call("paged_few_rows_linear", x, weight, bias, out, len(x), *weight.shape)
     return out
 
 
