@@ -7,6 +7,7 @@ import itertools
 import json
 import operator
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -34,7 +35,7 @@ def expected(engine: Engine, params: dict[str, Any], prompt: Any = PROMPT) -> di
         "cumulative_logprob": [pytest.approx(sample.cumulative_logprob, rel=1e-4) for sample in samples],
         "logprobs": [_objects(sample.logprobs) for sample in samples],
         "num_input_tokens": [output.num_prompt_tokens],
-        "num_cached_tokens": [output.num_cached_tokens],
+        "num_cached_tokens": [mock.ANY],  # as many as earlier requests have left
         "num_output_tokens": [len(sample.token_ids) for sample in samples],
         "output_token_ids": [token for sample in samples for token in sample.token_ids],
     }

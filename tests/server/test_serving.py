@@ -163,13 +163,13 @@ def test_bad_input_fails_alone(client: Client, request_: dict, message: str) -> 
 
 def test_a_stream_gets_its_text_before_the_error(client: Client) -> None:
     """Here all of it is held back, as it may be a stop string, until the time is up."""
-    text = client.ask("the fox", sampling=SHORT | {"max_tokens": 100})["text_output"][0]
-    for timeout in (50, 100, 200, 400, 800, 1600):
+    text = client.ask("the fox", sampling=SHORT | {"max_tokens": 400})["text_output"][0]
+    for timeout in (30, 60, 100, 200, 400, 800, 1600):
         sampling = SHORT | {"max_tokens": 500, "stop": [text + "never"], "timeout_ms": timeout}
         cut = client.stream("the fox", sampling=sampling, inputs={"return_finish_reason": True})
         if received := cut.finish():
             break
-    assert text.startswith(received)
+    assert text.startswith(received.rstrip("\ufffd"))  # perhaps cut inside one character
     assert received
     assert {response["finish_reason"][0] for response in cut.responses} == {"None"}
     assert cut.error is not None

@@ -265,13 +265,13 @@ def test_unload_and_reload_of_the_model_that_works(client: Client) -> None:
 
 
 def test_a_stream_gets_its_text_before_the_error(client: Client) -> None:
-    (text,) = answer(client, max_tokens=100)["text_output"]
-    for timeout in (50, 100, 200, 400, 800, 1600):
+    (text,) = answer(client, max_tokens=400)["text_output"]
+    for timeout in (30, 60, 100, 200, 400, 800, 1600):
         parameters = {"stop": text + "never", "timeout_ms": timeout}
         cut = ask(client, max_tokens=500, stream=True, parameters=parameters)
         if received := cut.finish():
             break
-    assert text.startswith(received)
+    assert text.startswith(received.rstrip("\ufffd"))  # perhaps cut inside one character
     assert received
     assert cut.error is not None
     assert f"timeout={timeout / 1000:g}: the request was ended after" in cut.error
