@@ -105,7 +105,7 @@ class EngineConfig(CheckedModel):
     fuse: bool = True
     """With the cpu and triton backends, compute models of a known structure with packed weights and fused kernels."""
     cuda_graphs: bool = True
-    """Replay decode steps of fused models as CUDA graphs."""
+    """Replay steps of fused models as CUDA graphs: decodes, and short chunks of prompts beside them."""
     look_ahead: bool = True
     """Plan and launch each step before the tokens of the one before are known, so that the device never waits."""
 

@@ -83,7 +83,8 @@ class Reply:
             self._sequences[output.index].add(output)
             self._prompt_logprobs += output.prompt_logprobs or ()
             self._num_prompt_tokens = output.num_prompt_tokens or self._num_prompt_tokens
-            self._num_cached_tokens = output.num_cached_tokens or self._num_cached_tokens
+            if output.index == 0:  # others find what it has just computed
+                self._num_cached_tokens = output.num_cached_tokens
             ended |= output.finish_reason in _REASONS
             if output.finish_reason in ("abort", "error"):
                 failure = failure or output.error or Cancelled("Request was cancelled")

@@ -147,9 +147,10 @@ class DeviceRunner(ModelRunner):
         self._mixed_sizes: list[tuple[int, int]] = []
         """Single rows, and tokens of chunks beside them, to which a batch of both may be padded."""
         if self._cuda_graphs:
-            most = _MOST_WORK // sum(parameter.numel() for parameter in paged_model.model.parameters())
+            size = sum(parameter.numel() for parameter in paged_model.model.parameters())
+            most = min(max_num_tokens, _MOST_WORK // size)
             sizes = {(min(rows, num_slots), tokens) for rows in _SINGLES for tokens in _CHUNKS}
-            self._mixed_sizes = sorted(size for size in sizes if sum(size) <= most)
+            self._mixed_sizes = sorted(pair for pair in sizes if sum(pair) <= most)
         self._requests: list[Request | None] = [None] * num_slots
         self._behind = np.zeros(num_slots, dtype=np.bool_)
         """Slots whose last tokens the batch state on the host lacks."""
@@ -290,7 +291,7 @@ class DeviceRunner(ModelRunner):
             scored.look_up(both[rows:])
             logits = both[:rows] if rows else None
         else:
-            logits = self._run(variant, received)
+            logits = self._run(variant, received)  # None: it samples
         if logits is None:
             return None
         sampled_slots, positions_then = (part[: len(logits)] for part in received[4:7:2])
@@ -310,13 +311,13 @@ class DeviceRunner(ModelRunner):
         return self.paged_model.compute(inputs)
 
     def _mixed_variant(self, plan: StepPlan, singles: int) -> _Variant | None:
-        """Which graph has room for a step with chunks, if one has."""
+        """Which graph has room for a step with chunks, if one has; all of these sample, so that few are to be kept."""
         chunks = plan.counts[singles:]
         tokens = max(int(chunks.sum()), len(chunks) * _TOKENS_A_CHUNK)
         fitting = [size for size in self._mixed_sizes if size[0] >= singles and size[1] >= tokens]
-        if plan.scoring or not fitting:
+        if plan.scoring or not fitting or self._is_edited(plan):
             return None
-        return _Variant(*min(fitting, key=sum), samples=not self._is_edited(plan))
+        return _Variant(*min(fitting, key=sum))
 
     def _room(self, variant: _Variant) -> _Sizes:
         """What a graph of steps with chunks is captured for; tiles that are none belong to one more, empty chunk."""

@@ -143,7 +143,7 @@ def test_chat(api: openai.OpenAI, engine: Engine) -> None:
 def test_usage_tells_of_the_prefix_cache(api: openai.OpenAI) -> None:
     prompt, cached = list(range(60, 100)), []
     for prompts in ([prompt], [prompt, [*prompt[:20], 7]]):  # of which the first 32 and 16 tokens are full blocks
-        made = api.completions.create(model=MODEL_NAME, prompt=prompts, max_tokens=2, **GREEDY)
+        made = api.completions.create(model=MODEL_NAME, prompt=prompts, max_tokens=2, n=2, **GREEDY)
         assert made.usage is not None
         assert made.usage.prompt_tokens_details is not None
         cached.append(made.usage.prompt_tokens_details.cached_tokens)

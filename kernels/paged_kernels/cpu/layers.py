@@ -88,8 +88,10 @@ class Linears:
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` of up to `MOST_FEW_ROWS` rows in bfloat16: what counts is how fast the weights are read, once.
 
-    `x` is `[rows, depth]`, `weight` `[width, depth]`, `bias` `[width]` or None, all contiguous. Sums are float32.
+    `x` is `[rows, depth]`, `weight` `[width, depth]`, `bias` `[width]` or None, both contiguous. Sums are float32.
     """
+    assert 0 < len(x) <= MOST_FEW_ROWS
+    x = x.contiguous()
     out = x.new_empty(len(x), len(weight))
     call("paged_few_rows_linear", x, weight, bias, out, len(x), *weight.shape)
     return out

@@ -5,7 +5,7 @@
 namespace {
 
 constexpr int COLUMNS = 48;  // of a panel: of 8 rows, 24 registers of sums
-constexpr int64_t CHUNK = 128;  // rows that meet all panels before the next do: they stay in the L2 cache
+constexpr int64_t CHUNK = 128;  // rows, at most, that meet all panels before the next do: they stay in the L2 cache
 
 // Of R rows and a panel [depth / 2][COLUMNS][2], the first `columns` outputs.
 template <int R>
@@ -44,17 +44,18 @@ extern "C" void paged_linear(
     int threads
 ) {
     const int64_t panels = (width + COLUMNS - 1) / COLUMNS;
-#pragma omp parallel num_threads(threads)
-    for (int64_t chunk = 0; chunk < rows; chunk += CHUNK) {
-#pragma omp for schedule(static) nowait
+    int64_t chunk = CHUNK;
+    while (chunk > 8 && panels * ((rows + chunk - 1) / chunk) < 4 * threads) chunk /= 2;  // something for every thread
+    const int64_t chunks = (rows + chunk - 1) / chunk;
+#pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
+    for (int64_t i = 0; i < chunks; i++)
         for (int64_t panel = 0; panel < panels; panel++) {
-            const int64_t first = panel * COLUMNS;
-            in_groups<8>(int(std::min(CHUNK, rows - chunk)), [&](auto n, int row) {
+            const int64_t first = panel * COLUMNS, begin = i * chunk;
+            in_groups<8>(int(std::min(chunk, rows - begin)), [&](auto n, int row) {
                 rows_by_panel<n()>(
-                    x + (chunk + row) * depth, packed + first * depth, bias ? bias + first : nullptr,
-                    out + (chunk + row) * width + first, width - first, width, depth
+                    x + (begin + row) * depth, packed + first * depth, bias ? bias + first : nullptr,
+                    out + (begin + row) * width + first, width - first, width, depth
                 );
             });
         }
-    }
 }

@@ -22,12 +22,14 @@ def is_fastest() -> bool:
 def pack(weight: Tensor) -> Tensor:
     """`[width, depth]` as panels of 48 outputs, filled up with zeros: `[panels, depth / 2, 48, 2]`."""
     width, depth = weight.shape
-    panels = F.pad(weight, (0, 0, 0, -width % _COLUMNS)).view(-1, _COLUMNS, depth // 2, 2)
-    return panels.transpose(1, 2).contiguous()
+    if width % _COLUMNS:
+        weight = F.pad(weight, (0, 0, 0, -width % _COLUMNS))
+    return weight.view(-1, _COLUMNS, depth // 2, 2).transpose(1, 2).contiguous()
 
 
 def linear(x: Tensor, packed: Tensor, width: int, bias: Tensor | None) -> Tensor:
-    """As `F.linear` of contiguous bfloat16 `x` `[rows, depth]` and the weight `[width, depth]` that was packed."""
+    """As `F.linear` of bfloat16 `x` `[rows, depth]` and the weight `[width, depth]` that was packed."""
+    x = x.contiguous()
     out = x.new_empty(len(x), width)
     call("paged_linear", x, packed, bias, out, len(x), width, x.shape[1])
     return out
