@@ -89,7 +89,9 @@ class Cli:
         self.tmp, self.ports, self.regions = tmp, free_ports(3), _abandoned_regions()
         names = ("--http-port", "--grpc-port", "--metrics-port")
         ports = [str(part) for pair in zip(names, self.ports, strict=True) for part in pair]
-        code = f"{setup}\nfrom paged_backend.cli import main\nmain()"
+        # A script's background ignores Ctrl-C, and so does what is started there, these tests included.
+        heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        code = f"{heed}\n{setup}\nfrom paged_backend.cli import main\nmain()"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, "serve", *ports, *arguments],
             stdout=subprocess.PIPE,
