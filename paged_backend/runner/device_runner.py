@@ -418,6 +418,7 @@ class DeviceRunner(ModelRunner):
     def _prepare(self, num_slots: int) -> None:
         """Compile what steps of decodes need, and capture a graph for each size."""
         began = time.perf_counter()
+        none = np.zeros(0, dtype=np.int64)
         variants = [_Variant(*size) for size in self._mixed_sizes]
         variants += [_Variant(size) for size in {self._size(size) for size in (*_SIZES, num_slots)}]
 
@@ -425,14 +426,11 @@ class DeviceRunner(ModelRunner):
             for variant in variants:  # that each overwrites what is sent for the others does not matter here
                 self._step(variant, self._send(self._nothing(variant), none))
 
-        none = np.zeros(0, dtype=np.int64)
         compiled = compile_ahead(run, self.device, launched=(locate,))
         logger.info("%d kernels ready after %.1f s", compiled, time.perf_counter() - began)
         if not self._cuda_graphs:
             return
-        variants.sort(
-            key=lambda one: -(one.rows + one.tokens)
-        )  # then the memory of the largest has room for the others
+        variants.sort(key=lambda one: -(one.rows + one.tokens))  # the others fit into the memory of the largest
         for variant in variants:
             self._run(variant, self._send(self._nothing(variant), none))
         logger.info("%d CUDA graphs ready after %.1f s", len(variants), time.perf_counter() - began)

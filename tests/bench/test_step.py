@@ -50,7 +50,7 @@ def bench_step(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("void at::native::(anonymous namespace)::indexSelectSmallIndex<c10::BFloat16>", "other"),
         ("aten::embedding", "other"),
         ("paged_attention_bfloat16", "attention"),
-        ("paged_few_rows_linear", "linears"),
+        ("paged_linear", "linears"),
         ("paged_add_norm_bfloat16_float32", "norms"),
         ("paged_gated_bfloat16", "activation"),
         ("aten::argmax", "sampling"),

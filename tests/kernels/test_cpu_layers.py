@@ -67,13 +67,6 @@ def _variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("_variant")
-@pytest.mark.parametrize(("width", "depth"), [(1, 1), (5, 16), (7, 33), (3, 128), (40, 391), (2, 576)])
-def test_few_rows(width: int, depth: int) -> None:
-    for rows in range(1, layers.MOST_FEW_ROWS + 1):
-        check_linear(layers.few_rows, rows, width, depth)
-
-
-@pytest.mark.usefixtures("_variant")
 @pytest.mark.parametrize(("width", "depth"), [(1, 2), (48, 64), (97, 130), (143, 20), (200, 46)])
 def test_packed_for_pairs(width: int, depth: int) -> None:
     def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -13,15 +13,13 @@ from paged_kernels.cpu import int8, linear
 from paged_kernels.cpu.call import call
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-MOST_FEW_ROWS = 4
-_PACKED_FOR = 32  # rows; more use the same packed weights
+_FEW = 32  # rows that packing is made for; more use the same packed weights
 
 
 class Linears:
     """Linear layers over copies of the weights, made at their first use.
 
-    In bfloat16 they are packed for our own product, or else for oneDNN's, and few rows need no copies. Once quantised,
-    they are int8.
+    In bfloat16 they are packed for our own product, or else for oneDNN's. Once quantised, they are int8.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,8 +38,6 @@ class Linears:
             return F.linear(x, weight, bias)
         if self._in_panels and x.shape[1] % 2 == 0:
             return linear.linear(x, self._pack(weight), len(weight), bias)
-        if 0 < len(x) <= MOST_FEW_ROWS:
-            return few_rows(x, weight, bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._pack(weight), bias, "none", [], "")
         return out
 
@@ -51,7 +47,7 @@ class Linears:
             if self._in_panels and weight.shape[1] % 2 == 0:
                 packed = linear.pack(weight)
             else:
-                packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR)
+                packed = torch.ops.mkldnn._reorder_linear_weight(weight, _FEW)
             self._packed[weight.data_ptr()] = packed
         return packed
 
@@ -83,18 +79,6 @@ class Linears:
         out = gate_up.new_empty(tokens, inner)
         call(f"paged_gated_{_NAMES[x.dtype]}", gate_up, out, tokens, inner, activation == "gelu_tanh")
         return out
-
-
-def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of up to `MOST_FEW_ROWS` rows in bfloat16: what counts is how fast the weights are read, once.
-
-    `x` is `[rows, depth]`, `weight` `[width, depth]`, `bias` `[width]` or None, both contiguous. Sums are float32.
-    """
-    assert 0 < len(x) <= MOST_FEW_ROWS
-    x = x.contiguous()
-    out = x.new_empty(len(x), len(weight))
-    call("paged_few_rows_linear", x, weight, bias, out, len(x), *weight.shape)
-    return out
 
 
 def add_norm(
