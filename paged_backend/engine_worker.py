@@ -27,6 +27,7 @@ import psutil
 from paged_backend.engine_messages import Abort, Collect, Families, Loaded, Packer, Submit, portable
 from paged_backend.errors import EngineDead, Overloaded, PagedBackendError
 from paged_backend.outputs import failed
+from paged_backend.pacing import Pace
 from paged_backend.request import RequestOutput, SamplingParams
 from paged_backend.structured_outputs import StructuredOutputs
 
@@ -46,6 +47,9 @@ _LOOK_SECONDS = 0.25
 _SWITCH_SECONDS = 0.0005
 """How long one thread may keep the interpreter when another wants it. Each request that is taken in wants it a few
 times, and Python's 5 ms add up where hundreds arrive while the engine is busy; nor is the engine to wait for them."""
+_REST_SECONDS = 0.0002
+"""On a CPU, after outputs are handed out: who sends them finds a core, and need not interrupt the next step. At one
+stream 95 instead of 91 % of the engine's tokens a second reach the client so."""
 
 
 class Worker:
@@ -103,6 +107,7 @@ class Worker:
             logging.getLogger(name).setLevel(logging.INFO)
 
     def _serve(self, engine: Engine) -> None:
+        pace = Pace(engine.config.stream_share) if engine.model.device.type == "cpu" else None
         while engine.error is None:
             with self._state:
                 while not (self._submitted or self._aborted or self._closing or engine.has_work):
@@ -122,7 +127,12 @@ class Worker:
             if engine.error is not None and not closing:
                 for output in outputs:
                     output.error = _dead(engine.error) if output.error is engine.error else output.error
-            self._outbox.put(outputs)
+            if pace is not None:
+                outputs = pace.next(outputs)
+            if outputs:
+                self._outbox.put(outputs)
+                if pace is not None:
+                    time.sleep(_REST_SECONDS)
         if not closing:
             self._collect()
             self._outbox.put(_dead(engine.error))

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -379,7 +380,7 @@ def test_threads_that_wait_do_not_spin_for_long(engine: EngineProcess) -> None:
 
 
 def test_tokens_in_pieces(engine: EngineProcess, tiny_llama_dir: Path) -> None:
-    config = EngineConfig(model=str(tiny_llama_dir), **CONFIG, stream_interval=4)
+    config = EngineConfig(model=str(tiny_llama_dir), **CONFIG, stream_interval=4, stream_share=1)
     pieces = Listener(EngineProcess(config, environment={"OMP_NUM_THREADS": "1"}))
     single = Listener(engine)
     params = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
@@ -393,6 +394,22 @@ def test_tokens_in_pieces(engine: EngineProcess, tiny_llama_dir: Path) -> None:
         ours, theirs = ("".join(output.text for output in listener.outputs[name]) for listener in (pieces, single))
         assert ours == theirs
     pieces.engine.close()
+
+
+@pytest.mark.parametrize(("share", "longest"), [(0.001, 28), (1, 1)])
+def test_tokens_wait_for_each_other(tiny_llama_dir: Path, share: float, longest: int) -> None:
+    config = EngineConfig(model=str(tiny_llama_dir), **CONFIG, stream_share=share)
+    engine = EngineProcess(config, environment={"OMP_NUM_THREADS": "1"})
+    with mock.patch.object(engine._unpacker, "unpack", wraps=engine._unpacker.unpack) as unpack:
+        engine.submit("a", "the quick brown fox", SamplingParams(max_tokens=30, temperature=0, ignore_eos=True))
+        outputs: list[RequestOutput] = []
+        while not (outputs and outputs[-1].finished):
+            outputs += engine.receive(1)
+    assert [output.num_output_tokens for output in outputs] == list(range(1, 31))
+    messages = [len(message.request_ids) + len(message.whole) for ((message,), _) in unpack.call_args_list]
+    assert messages[0] == 1
+    assert max(messages) == longest
+    engine.close()
 
 
 @given(st.data())

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
@@ -26,6 +26,9 @@ from paged_backend.bench.workloads import Workload
 from paged_backend.config import EngineConfig
 from triton_server_model.launcher import MODEL_NAME, ServerError, TritonServer, free_ports
 from triton_server_model.top import Totals, parse
+
+if TYPE_CHECKING:
+    from paged_backend.bench.throughput import OurEngine
 
 _CLIENTS = max(1, min(8, len(os.sched_getaffinity(0)) // 2)) if hasattr(os, "sched_getaffinity") else 1
 """Processes that share the streams: tritonclient takes some 10,000 responses a second in one."""
@@ -130,8 +133,9 @@ def measure(
     repeat: int,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Point]:
-    """Greedy requests of random prompts, through a tritonserver and then, it being gone, on an engine alone.
+    """Greedy requests of random prompts, through a tritonserver and on an engine alone.
 
+    On a CPU they run in turns; a GPU's memory is for one, so there the engine follows when the server is gone.
     `config` and `vocab_size` are of `countable`. Each number of streams runs once to warm up and `repeat` times timed,
     always with other prompts; the run of median speed counts. Raises `ServerError` when a stream fails or brings
     another number of tokens than `output_tokens`.
@@ -144,34 +148,53 @@ def measure(
         return Workload(seed, [(prompt, output_tokens) for prompt in prompts])
 
     http_port, grpc_port, metrics_port = free_ports(3)
-    report("starting tritonserver")
     seeds = [f"run {number}" for number in range(1 + repeat)]  # the first to warm up
-    served: list[tuple[list[list[Timing]], Totals]] = []
-    with TritonServer(config, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port) as server:
-        requests = 0
-        for count in streams:
-            report(f"tritonserver: {count} at once")
-            runs, totals = [], []
-            for timings in _serve(server.address("grpc"), [workload(count, seed) for seed in seeds]):
-                requests += count
-                runs.append(timings)
-                totals.append(_totals(server, requests))
-            served.append((runs[1:], totals[-1].since(totals[0])))
-    report("server stopped; loading the engine alone")
-    ours = OurEngine(config)
-    points = []
-    try:
-        for count, (runs, told) in zip(streams, served, strict=True):
-            report(f"engine alone: {count} at once")
-            rates = []
-            for timed in [workload(count, seed) for seed in seeds]:
-                start = time.monotonic()
-                ours.run(timed)
-                rates.append(timed.output_tokens / (time.monotonic() - start))
-            points.append(_point(runs, told, statistics.median(rates[1:])))
-    finally:
-        ours.engine.close()
-    return points
+    workloads = {count: [workload(count, seed) for seed in seeds] for count in streams}
+    served: dict[int, tuple[list[list[Timing]], Totals]] = {}
+    rates: dict[int, list[float]] = {count: [] for count in streams}
+    with contextlib.ExitStack() as engines:
+
+        def load() -> OurEngine:
+            report("loading the engine alone")
+            engine = OurEngine(config)
+            engines.callback(engine.engine.close)
+            return engine
+
+        alone = None if _on_gpu(config) else load()
+        report("starting tritonserver")
+        with TritonServer(config, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port) as server:
+            requests = 0
+            for count in streams:
+                report(f"tritonserver{'' if alone is None else ' and engine in turns'}: {count} at once")
+                runs, totals = [], []
+                all_timings = _serve(server.address("grpc"), workloads[count])
+                for timed, timings in zip(workloads[count], all_timings, strict=True):
+                    requests += count
+                    runs.append(timings)
+                    totals.append(_totals(server, requests))
+                    if alone is not None:
+                        rates[count].append(_rate(alone, timed))
+                served[count] = runs[1:], totals[-1].since(totals[0])
+        if alone is None:
+            alone = load()
+            for count in streams:
+                report(f"engine alone: {count} at once")
+                rates[count] += [_rate(alone, timed) for timed in workloads[count]]
+    return [_point(*served[count], statistics.median(rates[count][1:])) for count in streams]
+
+
+def _on_gpu(config: EngineConfig) -> bool:
+    """Whether two engines at once would want more memory than there is."""
+    import torch
+
+    return torch.device(config.device).type == "cuda" if config.device != "auto" else torch.cuda.is_available()
+
+
+def _rate(engine: OurEngine, workload: Workload) -> float:
+    """Output tokens a second."""
+    start = time.monotonic()
+    engine.run(workload)
+    return workload.output_tokens / (time.monotonic() - start)
 
 
 def measure_cancel(config: EngineConfig, vocab_size: int, repeat: int) -> list[float]:

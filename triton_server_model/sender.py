@@ -25,10 +25,10 @@ _PAUSE_SECONDS = 0.001
 _POLL_SECONDS = 0.025
 _POLLS = 64
 """Requests asked about each time at most: `is_cancelled` is a call to another process, of 10 us if cores are free."""
-_POLL_SHARE = 0.1
+_POLL_SHARE = 0.02
 """Of the time, at most, unless the pause got longer than below: where no core is free, these calls take time from the
 engine, but so do clients that have gone."""
-_LONGEST_POLL_SECONDS = 0.25
+_LONGEST_POLL_SECONDS = 1.0
 _IDLE_SECONDS = 0.1
 
 

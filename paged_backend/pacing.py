@@ -1,0 +1,50 @@
+"""How often an engine hands out tokens, where the same cores compute them and send them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+
+from paged_backend.request import RequestOutput
+
+_RESPONSE_SECONDS = 0.0008
+"""Of one core, that a response takes from the engine: 0.3 ms of server, backend and client, and meanwhile threads of
+the engine wait for each other. Measured on two cores with the real server (docs/performance.md)."""
+_LONGEST_SECONDS = 0.5
+
+
+class Pace:
+    """Keeps outputs back, so that responses take a small part of the cores' time.
+
+    A request's first and last outputs never wait, nor does any longer than half a second while the engine steps.
+    """
+
+    def __init__(self, share: float) -> None:
+        """`share` of the cores' time is for responses; with 1, nothing waits."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._seconds = _RESPONSE_SECONDS / share / cores if share < 1 else 0.0
+        self._held: dict[str, list[RequestOutput]] = {}
+        """Of all requests that have begun and not ended."""
+        self._due = 0.0
+
+    def next(self, outputs: Sequence[RequestOutput]) -> list[RequestOutput]:
+        """What to send now that a step has brought these, in order for each request."""
+        sent = []
+        for output in outputs:
+            held = self._held.get(output.request_id)
+            if held is not None:
+                held.append(output)
+            if held is None or output.finished:
+                sent += held or [output]
+                self._held[output.request_id] = []
+            if output.finished:
+                del self._held[output.request_id]
+        now = time.monotonic()
+        if now >= self._due:
+            waiting = [held for held in self._held.values() if held]
+            for held in waiting:
+                sent += held
+                held.clear()
+            self._due = now + min(len(waiting) * self._seconds, _LONGEST_SECONDS)
+        return sent
