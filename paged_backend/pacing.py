@@ -14,6 +14,11 @@ the engine wait for each other. Measured on two cores with the real server (docs
 _LONGEST_SECONDS = 0.5
 
 
+def num_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Pace:
     """Keeps outputs back, so that responses take a small part of the cores' time.
 
@@ -22,8 +27,7 @@ class Pace:
 
     def __init__(self, share: float) -> None:
         """`share` of the cores' time is for responses; with 1, nothing waits."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._seconds = _RESPONSE_SECONDS / share / cores if share < 1 else 0.0
+        self._seconds = _RESPONSE_SECONDS / share / num_cores() if share < 1 else 0.0
         self._held: dict[str, list[RequestOutput]] = {}
         """Of all requests that have begun and not ended."""
         self._due = 0.0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from paged_backend.engine_process import EngineProcess
 from paged_backend.errors import EngineDead
+from paged_backend.pacing import num_cores
 from paged_backend.request import RequestOptions, RequestOutput, SamplingParams
 from triton_server_model.reply import Reply
 
@@ -25,9 +26,9 @@ _PAUSE_SECONDS = 0.001
 _POLL_SECONDS = 0.025
 _POLLS = 64
 """Requests asked about each time at most: `is_cancelled` is a call to another process, of 10 us if cores are free."""
-_POLL_SHARE = 0.02
-"""Of the time, at most, unless the pause got longer than below: where no core is free, these calls take time from the
-engine, but so do clients that have gone."""
+_POLL_SHARE = 0.0025
+"""Of the time of all cores, at most, unless the pause got longer than below: where no core is free, these calls take
+several times as much from the engine, but so do clients that have gone."""
 _LONGEST_POLL_SECONDS = 1.0
 _IDLE_SECONDS = 0.1
 
@@ -83,7 +84,7 @@ class Sender:
         if (began := time.monotonic()) >= self._next_poll:
             self._poll()
             ended = time.monotonic()
-            pause = max(_POLL_SECONDS, (ended - began) / _POLL_SHARE)
+            pause = max(_POLL_SECONDS, (ended - began) / (_POLL_SHARE * num_cores()))
             self._next_poll = ended + min(pause, _LONGEST_POLL_SECONDS)
         if pending:
             time.sleep(_PAUSE_SECONDS)
