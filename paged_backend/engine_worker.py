@@ -48,8 +48,7 @@ _SWITCH_SECONDS = 0.0005
 """How long one thread may keep the interpreter when another wants it. Each request that is taken in wants it a few
 times, and Python's 5 ms add up where hundreds arrive while the engine is busy; nor is the engine to wait for them."""
 _REST_SECONDS = 0.0002
-"""On a CPU, after outputs are handed out: who sends them finds a core, and need not interrupt the next step. At one
-stream 95 instead of 91 % of the engine's tokens a second reach the client so."""
+"""On a CPU, after outputs are handed out: who sends them finds a core, and need not interrupt the next step."""
 
 
 class Worker:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from paged_backend.request import RequestOutput
 
 _RESPONSE_SECONDS = 0.0008
-"""Of one core, that a response takes from the engine: 0.3 ms of server, backend and client, and meanwhile threads of
-the engine wait for each other. Measured on two cores with the real server (docs/performance.md)."""
+"""Of one core, about, that a response takes from the engine: 0.3 ms of server, backend and client, for which the
+engine's threads wait for each other (docs/performance.md)."""
 _LONGEST_SECONDS = 0.5
 
 
