@@ -26,10 +26,8 @@ _PAUSE_SECONDS = 0.001
 _POLL_SECONDS = 0.025
 _POLLS = 64
 """Requests asked about each time at most: `is_cancelled` is a call to another process, of 10 us if cores are free."""
-_POLL_SHARE = 0.0025
-"""Of the time of all cores, at most, unless the pause got longer than below: where no core is free, these calls take
-several times as much from the engine, but so do clients that have gone."""
-_LONGEST_POLL_SECONDS = 1.0
+_POLL_CORE_SECONDS = 0.03
+"""For each of them, of the time of all cores: where none is free, asking takes the engine much longer than 10 us."""
 _IDLE_SECONDS = 0.1
 
 
@@ -81,11 +79,8 @@ class Sender:
             pending.setdefault(output.request_id, []).append(output)
         for request_id, outputs in pending.items():
             self._answer(request_id, outputs)
-        if (began := time.monotonic()) >= self._next_poll:
-            self._poll()
-            ended = time.monotonic()
-            pause = max(_POLL_SECONDS, (ended - began) / (_POLL_SHARE * num_cores()))
-            self._next_poll = ended + min(pause, _LONGEST_POLL_SECONDS)
+        if (now := time.monotonic()) >= self._next_poll:
+            self._next_poll = now + max(_POLL_SECONDS, self._poll() * _POLL_CORE_SECONDS / num_cores())
         if pending:
             time.sleep(_PAUSE_SECONDS)
 
@@ -106,12 +101,13 @@ class Sender:
             with contextlib.suppress(Exception):
                 reply.fail(error)
 
-    def _poll(self) -> None:
-        """Ask about the next requests, and after the last of them about the first again."""
+    def _poll(self) -> int:
+        """Ask about the next requests, and after the last of them about the first again; returns about how many."""
         waiting = [(request_id, reply) for request_id, reply in tuple(self._replies.items()) if reply.open]
         begin = self._polled if self._polled < len(waiting) else 0
         self._polled = begin + _POLLS
-        for request_id, reply in waiting[begin : self._polled]:
+        asked = waiting[begin : self._polled]
+        for request_id, reply in asked:
             try:
                 cancelled = reply.responses.is_cancelled()
             except Exception:
@@ -119,3 +115,4 @@ class Sender:
                 cancelled = True
             if cancelled:
                 self._engine.abort(request_id)  # its last output, "abort", ends the reply
+        return len(asked)
