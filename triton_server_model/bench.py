@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import multiprocessing.synchronize
-import os
 import random
 import signal
 import statistics
@@ -24,13 +23,14 @@ from paged_backend import models
 from paged_backend.bench import shapes
 from paged_backend.bench.workloads import Workload
 from paged_backend.config import EngineConfig
+from paged_backend.pacing import num_cores
 from triton_server_model.launcher import MODEL_NAME, ServerError, TritonServer, free_ports
 from triton_server_model.top import Totals, parse
 
 if TYPE_CHECKING:
     from paged_backend.bench.throughput import OurEngine
 
-_CLIENTS = max(1, min(8, len(os.sched_getaffinity(0)) // 2)) if hasattr(os, "sched_getaffinity") else 1
+_CLIENTS = max(1, min(8, num_cores() // 2))
 """Processes that share the streams: tritonclient takes some 10,000 responses a second in one."""
 _FIRST_CHARACTER = 0x10000
 _WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
@@ -141,6 +141,7 @@ def measure(
     another number of tokens than `output_tokens`.
     """
     from paged_backend.bench.throughput import OurEngine
+    from paged_backend.runner.loader import resolve_device
 
     def workload(count: int, seed: str) -> Workload:
         rng = random.Random(f"{count} {seed}")
@@ -160,7 +161,7 @@ def measure(
             engines.callback(engine.engine.close)
             return engine
 
-        alone = None if _on_gpu(config) else load()
+        alone = load() if resolve_device(config.device).type == "cpu" else None
         report("starting tritonserver")
         with TritonServer(config, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port) as server:
             requests = 0
@@ -181,13 +182,6 @@ def measure(
                 report(f"engine alone: {count} at once")
                 rates[count] += [_rate(alone, timed) for timed in workloads[count]]
     return [_point(*served[count], statistics.median(rates[count][1:])) for count in streams]
-
-
-def _on_gpu(config: EngineConfig) -> bool:
-    """Whether two engines at once would want more memory than there is."""
-    import torch
-
-    return torch.device(config.device).type == "cuda" if config.device != "auto" else torch.cuda.is_available()
 
 
 def _rate(engine: OurEngine, workload: Workload) -> float:

@@ -102,7 +102,7 @@ class Sender:
                 reply.fail(error)
 
     def _poll(self) -> int:
-        """Ask about the next requests, and after the last of them about the first again; returns about how many."""
+        """Ask about the next requests, and after the last of them about the first again; returns how many that were."""
         waiting = [(request_id, reply) for request_id, reply in tuple(self._replies.items()) if reply.open]
         begin = self._polled if self._polled < len(waiting) else 0
         self._polled = begin + _POLLS

@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from paged_backend.pacing import num_cores
 from paged_backend.versions import package_versions
 
 
@@ -38,7 +39,7 @@ def describe() -> Machine:
     commit, dirty = _checkout()
     return Machine(
         cpu=_cpu(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=num_cores(),
         threads=torch.get_num_threads(),
         gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         os=platform.platform(aliased=True),
