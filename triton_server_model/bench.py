@@ -224,7 +224,7 @@ def measure_cancel(config: EngineConfig, vocab_size: int, repeat: int) -> list[f
             running = stream(most)
             running.wait_for_first()
             with contextlib.closing(stream(2)) as waiting:
-                time.sleep(rng.uniform(0.2, 0.3))  # at any time between two looks
+                time.sleep(rng.uniform(0.05, 0.15))  # at any time between two looks
                 cancelled = time.monotonic()
                 running.close(cancel=True)
                 taken.append(waiting.wait().timing().first - cancelled - baseline)
