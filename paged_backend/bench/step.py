@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from paged_kernels.attention import LayerSpec
 from paged_kernels.cpu import library
+from paged_kernels.cpu.structures import Seconds
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -225,12 +226,15 @@ def measure(
             seconds = load.run(STEPS)
         first = load.starts()
         activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-        with _named_calls(device), profile(activities=[activity]) as profiler:
+        with _named_calls(device), _seconds_of(engine) as spent, profile(activities=[activity]) as profiler:
             load.run(STEPS)
         starts = [round((one + other) / 2) for one, other in zip(first, load.starts(), strict=True)]
         if trace is not None:
             profiler.export_chrome_trace(str(trace))
         times = _times(profiler, device)
+        for kind, *_ in Seconds._fields_:
+            if one := getattr(spent, kind):
+                times[kind] += [one * 1e6 / STEPS] * STEPS
         model_bytes = _model_bytes(engine.model, layers, starts, load.tokens, "decode attention" in times)
     finally:
         engine.close()
@@ -250,6 +254,20 @@ def measure(
         copy_gb_per_second=copy_rate,
         kernels=sorted(kernels, key=lambda kernel: -kernel.microseconds),
     )
+
+
+@contextmanager
+def _seconds_of(engine: Engine) -> Iterator[Seconds]:
+    """What steps spend by kind where all their layers are one call."""
+    fused, seconds = engine._paged_model.fused, Seconds()
+    decoder = None if fused is None else fused.decoder
+    if decoder is not None:
+        decoder.seconds = seconds
+    try:
+        yield seconds
+    finally:
+        if decoder is not None:
+            decoder.seconds = None
 
 
 @contextmanager
@@ -307,7 +325,8 @@ def _times(profiler: Any, device: torch.device) -> dict[str, list[float]]:
     times: dict[str, list[float]] = defaultdict(list)
     if device.type == "cpu":
         for event in profiler.events():
-            times[kind_of(event.name)].append(event.self_cpu_time_total)
+            if not event.name.startswith("paged_decoder"):  # whose parts are counted apart
+                times[kind_of(event.name)].append(event.self_cpu_time_total)
         return times
     ended = -math.inf
     on_device = [event for event in profiler.events() if event.device_type.name == "CUDA"]

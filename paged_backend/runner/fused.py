@@ -14,17 +14,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from paged_kernels.attention import LayerCache, LayerSpec
+from paged_kernels.layer import GLU, Activation, FusedLayer, Linear
 from paged_kernels.rope import Rope, rope_and_write_reference
 from torch import Tensor, nn
 
 from paged_backend.runner.attention import Layer, handling
+from paged_backend.runner.rotated_attention import RotatedAttention
 
 if TYPE_CHECKING:
+    from paged_kernels.cpu.decoder import Decoder
     from transformers import PreTrainedModel
 
 # Norms of a decoder layer: before attention, after it (of what it adds), before the MLP, after it.
@@ -33,8 +36,7 @@ _NORMS: tuple[tuple[str, str | None, str, str | None], ...] = (
     ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
     ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
 )
-_Activation = Literal["silu", "gelu_tanh", "gelu"]
-_ACTIVATIONS: dict[_Activation, Callable[[Tensor], Tensor]] = {
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
@@ -45,57 +47,6 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 0.03}
 
 class NotFusable(Exception):
     """The model is none that the fused layers can compute; run its own forward."""
-
-
-class Linear(NamedTuple):
-    """Arguments of `F.linear`; several projections of one input are packed into one."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-class GLU(NamedTuple):
-    """A gated MLP, `down(activation(gate) * up)` (Shazeer, 2020)."""
-
-    gate_up: Linear
-    down: Linear
-    activation: _Activation
-
-
-@dataclass(slots=True)
-class FusedLayer:
-    """One decoder layer. Norm weights are what multiplies the normed values: float32 `1 + weight` for Gemma."""
-
-    spec: LayerSpec
-    qkv: Linear
-    out: Linear
-    mlp: GLU | nn.Module
-    """A module is called as it is, such as a mixture of experts."""
-    input_norm: Tensor
-    attention_norm: Tensor | None
-    """Of what attention adds to the residual stream."""
-    mlp_norm: Tensor
-    mlp_out_norm: Tensor | None
-    """Of what the MLP adds."""
-    q_norm: Tensor | None
-    """`[dim]`, of every query head before the rotary embedding."""
-    k_norm: Tensor | None
-    norm_eps: float
-    """Of the norms of heads."""
-    rope: Rope | None = field(default=None, init=False)
-    sinks: Tensor | None = field(default=None, init=False)
-    """`[heads]` extra attention logits (GPT-OSS)."""
-
-    @property
-    def plain(self) -> bool:
-        """Whether the kernels for one row have all that the layer needs."""
-        return (
-            isinstance(self.mlp, GLU)
-            and self.mlp.activation in ("silu", "gelu_tanh")
-            and self.mlp.gate_up.bias is None
-            and self.attention_norm is None
-            and self.mlp_out_norm is None
-        )
 
 
 class Attend(Protocol):
@@ -153,6 +104,12 @@ class FusedModel:
         self._parameters = list(model.parameters())
         self._version = sum(parameter._version for parameter in self._parameters)
         self._observe(model, blocks, multiplier, max_positions)
+        self.decoder: Decoder | None = None
+        """What computes all layers of a step on a CPU in one call, wherever it can; None if nothing shall."""
+        if model.device.type == "cpu":
+            from paged_kernels.cpu.decoder import Decoder
+
+            self.decoder = Decoder(self.layers, self._norm, self._head, self._eps, self.linears)
         if model.device.type == "cuda":
             self.linears.own = True  # not before: they would be compiled one by one
             torch.cuda.empty_cache()  # of the parameters before packing
@@ -179,7 +136,12 @@ class FusedModel:
         Of the last layer, only K and V are computed for other tokens than `rows`. Call it without autograd.
         """
         residual = self._embed(input_ids)
-        return self._decode(residual if self._embed_scale == 1.0 else residual * self._embed_scale, attend, rows)
+        if self._embed_scale != 1.0:
+            residual = residual * self._embed_scale
+        if self.decoder is not None and isinstance(attend, RotatedAttention) and self.decoder.can_compute():
+            step = attend.caches, attend.group_of, attend.batches, attend.sampled_at
+            return self._finish(self.decoder(residual, *step))
+        return self._decode(residual, attend, rows)
 
     def _decode(self, residual: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """Logits of embeddings `[tokens, hidden]`. As layers are called, these become the residual stream, in place."""
@@ -214,6 +176,10 @@ class FusedModel:
         else:
             normed = kernels.add_norm(update, residual, self._norm, self._eps, update_norm)
             logits = self._linear(normed, self._head)
+        return self._finish(logits)
+
+    def _finish(self, logits: Tensor) -> Tensor:
+        """What comes after the head, in place if it can be."""
         if self._logits_divisor != 1.0:
             logits /= self._logits_divisor
         if self._softcap is not None:

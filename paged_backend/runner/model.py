@@ -53,13 +53,18 @@ class PagedModel:
             for layer in range(len(self.layers))
         ]
 
-    def fuse(self, max_positions: int, layer_kernels: ModuleType) -> None:
-        """Use fused layers for up to `max_positions`, of these kernels. Raises `NotFusable`."""
+    def fuse(self, max_positions: int, layer_kernels: ModuleType, *, one_call: bool = True) -> None:
+        """Use fused layers for up to `max_positions`, of these kernels; `one_call`: see `EngineConfig`.
+
+        Raises `NotFusable`.
+        """
         from paged_backend.runner.fused import FusedModel, NotFusable
 
         if len({layer.spec.group for layer in self.layers}) > 1:
             raise NotFusable("its layers have different numbers of query heads a KV head")
         self.fused = FusedModel(self.model, self.layers, max_positions, layer_kernels)
+        if not one_call:
+            self.fused.decoder = None
 
     @torch.inference_mode()
     def refresh(self) -> None:

@@ -10,7 +10,7 @@ from paged_kernels.attention import AttentionBatch, LayerCache
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from paged_backend.runner.fused import FusedLayer
+    from paged_kernels.layer import FusedLayer
 
 
 @dataclass(slots=True)

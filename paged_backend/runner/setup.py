@@ -68,7 +68,7 @@ def make_model(
             reason = "needs the compiled CPU kernels, and float32 or bfloat16, block sizes and heads that they support"
             raise InvalidArgument("quantization", quantization, reason)
         if layer_kernels is not None:
-            _fuse(paged, config.block_size, max_positions, layer_kernels, quantization is not None)
+            _fuse(paged, config, max_positions, layer_kernels)
         if paged.fused is None:
             verify(paged, config.block_size)
     except BaseException:
@@ -77,12 +77,12 @@ def make_model(
     return paged
 
 
-def _fuse(paged: PagedModel, block_size: int, max_positions: int, layer_kernels: ModuleType, quantize: bool) -> None:
+def _fuse(paged: PagedModel, config: EngineConfig, max_positions: int, layer_kernels: ModuleType) -> None:
     from paged_backend.runner.fused import NotFusable
 
-    name = type(paged.model).__name__
+    name, block_size, quantize = type(paged.model).__name__, config.block_size, config.quantization is not None
     try:
-        paged.fuse(max_positions, layer_kernels)
+        paged.fuse(max_positions, layer_kernels, one_call=config.one_call)
         if paged.device.type == "cuda":
             from paged_kernels.gpu.compilation import compile_ahead
 

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from paged_kernels.gpu.decode_attention import DecodeRows, Work
     from paged_kernels.gpu.prefill_attention import PrefillRows
     from paged_kernels.gpu.shared_prefix import SharedPrefixes
-
-    from paged_backend.runner.fused import FusedLayer
+    from paged_kernels.layer import FusedLayer
 
 
 @dataclass(slots=True)

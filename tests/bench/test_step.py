@@ -123,6 +123,7 @@ def test_decodes(
 ) -> None:
     output, trace = tmp_path / "step.json", tmp_path / "trace.json"
     arguments = ["--rows", "3", "--context", "100", "--profile", str(trace), "--output", str(output)]
+    arguments += ["--set", "one_call=false"]
     assert bench_step(monkeypatch, "--model", str(tiny_llama_dir), *arguments) == 0
     document = json.loads(output.read_text())
     step = document["step"]
@@ -150,9 +151,22 @@ def test_decodes(
 
 
 @needs_kernels
+def test_kinds_of_layers_in_one_call(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    output = tmp_path / "step.json"
+    arguments = ["--rows", "3", "--context", "100", "--output", str(output), "--set", "quantization=int8"]
+    assert bench_step(monkeypatch, "--model", str(tiny_llama_dir), *arguments) == 0
+    step = json.loads(output.read_text())["step"]
+    kernels = {each["kind"]: each for each in step["kernels"]}
+    for kind in ("linears", "attention", "norms", "activation"):
+        assert kernels[kind]["calls"] == 1
+        assert kernels[kind]["microseconds"] > 0
+    assert step["kernel_microseconds"] < 2 * step["wall_microseconds"], "nothing is counted twice"
+
+
+@needs_kernels
 def test_a_prefill(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     output = tmp_path / "step.json"
-    arguments = ["--prompt-tokens", "90", "--output", str(output)]
+    arguments = ["--prompt-tokens", "90", "--output", str(output), "--set", "one_call=false"]
     assert bench_step(monkeypatch, "--model", str(tiny_llama_dir), *arguments) == 0
     step = json.loads(output.read_text())["step"]
     assert (step["rows"], step["tokens"], step["context"]) == (1, 90, 90)

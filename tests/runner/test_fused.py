@@ -19,9 +19,10 @@ from tests import tiny
 pytest.importorskip("triton")
 from paged_kernels.cpu import layers as cpu_layers
 from paged_kernels.gpu import layers as gpu_layers
+from paged_kernels.layer import GLU, FusedLayer
 from paged_kernels.rope import rope_and_write_reference
 
-from paged_backend.runner.fused import GLU, FusedLayer, FusedModel, NotFusable
+from paged_backend.runner.fused import FusedModel, NotFusable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LONGEST = 256

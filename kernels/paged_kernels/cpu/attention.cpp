@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "kernels.h"
 #include "product.h"
 
 namespace {
@@ -27,33 +28,6 @@ inline floats tanh_of(floats x) {
     return x < 0 ? -magnitude : magnitude;
 }
 
-}  // namespace
-
-extern "C" {
-
-// One layer of one step. Mirrored in attention.py: keep both alike.
-struct Step {
-    void *query, *key, *value;  // [tokens, heads, dim], the last dimension contiguous
-    void *key_cache, *value_cache, *out;  // out: [tokens, heads, value_dim]
-    const float* sinks;                   // [heads] or null
-    const int64_t* slot_mapping;          // [tokens]
-    const int32_t* tables;                // [rows, table_width]
-    const int32_t *starts, *counts, *offsets;  // [rows]: first position, tokens, and where these are in the batch
-    int64_t query_strides[2], key_strides[2], value_strides[2];  // of token and head, in elements
-    int32_t rows, tokens, table_width, threads;
-    int32_t heads, kv_heads, key_dim, value_dim, block_size, window, chunk;  // window, chunk: 0 for none
-    float scale, softcap;                                                    // softcap: 0 for none
-    // Before all that, in place: the RMS norm of each head of queries and keys, times a weight, [key_dim] or null, and
-    // the rotation of its first `rotated` dimensions, by cosines and then sines, [positions, rotated]. Pairs are
-    // neighbours if `interleaved`, else halves.
-    const float *query_norm, *key_norm, *cos_sin;
-    float norm_eps;
-    int32_t rotated, interleaved;
-};
-}
-
-namespace {
-
 // Some queries of one row, those of one KV head, and the keys that they are to meet.
 struct Task {
     int row, head, first, count, from, to;
@@ -71,7 +45,7 @@ public:
     float *scores, *out, *most, *sum;  // [BLOCK_ROWS][TILE], [rows][value_dim], [rows], [rows]
     float* sums;                       // [rows][LANES], whose sum `sum` is
 
-    Scratch(const Step& s, int rows) {
+    Scratch(const Attention& s, int rows) {
         const int64_t all = (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS, some = std::min<int64_t>(all, BLOCK_ROWS);
         query = allocate<T>(all * s.key_dim);
         values = allocate<T>(int64_t(TILE) * s.value_dim);
@@ -97,15 +71,17 @@ template <class T>
 struct Kernel {
     static constexpr int P = PACK<T>;
 
-    const Step& s;
+    const Attention& s;
+    const Batch& b;
     const int group;
     const int64_t key_block, value_block;  // elements of a block of one head
 
-    explicit Kernel(const Step& step)
-        : s(step),
-          group(step.heads / step.kv_heads),
-          key_block(int64_t(step.key_dim) * step.block_size),
-          value_block(int64_t(step.value_dim) * step.block_size) {}
+    explicit Kernel(const Attention& layer)
+        : s(layer),
+          b(*layer.batch),
+          group(layer.heads / layer.kv_heads),
+          key_block(int64_t(layer.key_dim) * layer.block_size),
+          value_block(int64_t(layer.value_dim) * layer.block_size) {}
 
     const T* keys(int block, int head) const {
         return static_cast<const T*>(s.key_cache) + (int64_t(block) * s.kv_heads + head) * key_block;
@@ -153,9 +129,9 @@ struct Kernel {
 
     // V of two tokens that share the words of a block is written by the first of them.
     void write(int token) const {
-        const int64_t slot = s.slot_mapping[token], block = slot / s.block_size, at = slot % s.block_size;
-        const bool first = P == 2 && slot % 2 == 0 && token + 1 < s.tokens && s.slot_mapping[token + 1] == slot + 1;
-        const bool second = P == 2 && slot % 2 == 1 && token > 0 && s.slot_mapping[token - 1] == slot - 1;
+        const int64_t slot = b.slot_mapping[token], block = slot / s.block_size, at = slot % s.block_size;
+        const bool first = P == 2 && slot % 2 == 0 && token + 1 < b.tokens && b.slot_mapping[token + 1] == slot + 1;
+        const bool second = P == 2 && slot % 2 == 1 && token > 0 && b.slot_mapping[token - 1] == slot - 1;
         for (int head = 0; head < s.kv_heads; head++) {
             const T* key = static_cast<const T*>(s.key) + token * s.key_strides[0] + head * s.key_strides[1];
             const T* value = static_cast<const T*>(s.value) + token * s.value_strides[0] + head * s.value_strides[1];
@@ -179,13 +155,13 @@ struct Kernel {
 
     // What a task's queries take of its keys: `out`, `most` and `sum` of scratch.
     void attend(const Task& task, Scratch<T>& scratch) const {
-        const int rows = task.count * group, position = s.starts[task.row] + task.first;
+        const int rows = task.count * group, position = b.starts[task.row] + task.first;
         const bool many = rows > ROWS;    // then V is copied: its blocks become one of a whole tile
         const int unit = many ? 32 : 16;  // keys whose V is multiplied at once
         const int seen_from = std::max(task.from, first_seen(position));
         const int seen_to = std::min(task.to, position + task.count);
         for (int r = 0; r < rows; r++) {
-            const int64_t token = s.offsets[task.row] + task.first + r / group, head = task.head * group + r % group;
+            const int64_t token = b.offsets[task.row] + task.first + r / group, head = task.head * group + r % group;
             const T* from = static_cast<const T*>(s.query) + token * s.query_strides[0] + head * s.query_strides[1];
             std::memcpy(scratch.query + r * s.key_dim, from, sizeof(T) * s.key_dim);
         }
@@ -229,7 +205,7 @@ struct Kernel {
 
     // Scores of `rows` queries for keys lo..hi of a tile, and others next to them.
     void score(const Task& task, int tile, int lo, int hi, int rows, const T* query, int seen_to, float* scores) const {
-        const int32_t* table = s.tables + int64_t(task.row) * s.table_width;
+        const int32_t* table = b.tables + int64_t(task.row) * b.table_width;
         for (int j = lo / 16 * 16; j < hi; j += 16) {
             const int block = (tile + j) / s.block_size, lane = (tile + j) % s.block_size;
             if (rows <= ROWS && lane == 0 && (block + 2) * s.block_size < seen_to) {
@@ -279,7 +255,7 @@ struct Kernel {
     // V of keys from `first` on, as one block: where it is, or a copy with zeros for keys that nobody sees. Those may be
     // anything, even NaN, which no weight of 0 removes.
     const T* seen_values(const Task& task, int first, int count, int from, int to, T* copy) const {
-        const int32_t* table = s.tables + int64_t(task.row) * s.table_width;
+        const int32_t* table = b.tables + int64_t(task.row) * b.table_width;
         if (count == s.block_size && from <= first && first + count <= to)
             return values(table[first / s.block_size], task.head);
         for (int at = first; at < first + count; at += s.block_size)
@@ -304,7 +280,7 @@ struct Kernel {
     void finish(const Task& task, int parts, float* out, const float* most, const float* sum) const {
         const int rows = task.count * group;
         for (int r = 0; r < rows; r++) {
-            const int64_t token = s.offsets[task.row] + task.first + r / group, head = task.head * group + r % group;
+            const int64_t token = b.offsets[task.row] + task.first + r / group, head = task.head * group + r % group;
             float top = s.sinks ? s.sinks[head] : NOTHING, total = 0;
             for (int part = 0; part < parts; part++) top = std::max(top, most[part * rows + r]);
             if (s.sinks) total = exp_of(s.sinks[head] - top);
@@ -325,33 +301,45 @@ struct Kernel {
     }
 };
 
-// The work of a step: tasks of one KV head and at most MOST_ROWS rows, cut into pieces where their keys are many.
-struct Work {
-    std::vector<Task> pieces, cut;  // the most expensive first; the tasks that became several pieces
-    int most_rows = 0;
-    int64_t kept_rows = 0;
+}  // namespace
 
-    template <class T>
-    explicit Work(const Kernel<T>& kernel) {
-        const Step& s = kernel.s;
-        const int most = std::max(1, MOST_ROWS / kernel.group);
+namespace paged {
+
+// Tasks of one KV head and at most MOST_ROWS rows, cut into pieces where their keys are many.
+template <class T>
+struct AttentionPlan<T>::Work {
+    std::vector<Task> pieces, cut;  // the most expensive first; the tasks that became several pieces
+    std::vector<float> out, most, sum;  // of pieces of cut tasks: [kept][value_dim], [kept], [kept]
+    std::vector<Scratch<T>> scratch;    // of each thread
+
+    Work(const Attention& layer, int threads) {
+        const Kernel<T> kernel(layer);
+        const Batch& b = kernel.b;
+        const int longest = std::max(1, MOST_ROWS / kernel.group);
+        int most_rows = 0;
         int64_t total = 0;
         std::vector<Task> tasks;
-        for (int row = 0; row < s.rows; row++)
-            for (int first = 0; first < s.counts[row]; first += most) {
-                const int count = std::min(most, s.counts[row] - first), position = s.starts[row] + first;
+        for (int row = 0; row < b.rows; row++)
+            for (int first = 0; first < b.counts[row]; first += longest) {
+                const int count = std::min(longest, b.counts[row] - first), position = b.starts[row] + first;
                 const int from = kernel.first_seen(position) / TILE * TILE;
                 most_rows = std::max(most_rows, count * kernel.group);
-                for (int head = 0; head < s.kv_heads; head++) {
+                for (int head = 0; head < layer.kv_heads; head++) {
                     tasks.push_back({row, head, first, count, from, position + count});
                     total += tasks.back().cost();
                 }
             }
         for (const Task& task : tasks) add(task, kernel.group, total);
         std::stable_sort(pieces.begin(), pieces.end(), [](const Task& a, const Task& b) { return a.cost() > b.cost(); });
+        out.resize(kept_rows * layer.value_dim);
+        most.resize(kept_rows);
+        sum.resize(kept_rows);
+        for (int thread = 0; thread < threads; thread++) scratch.emplace_back(layer, most_rows);
     }
 
 private:
+    int64_t kept_rows = 0;
+
     // How a task is cut does not depend on the number of threads: nor do the bits of results.
     void add(Task task, int group, int64_t total) {
         const int64_t keys = task.to - task.from, rows = task.count * group;
@@ -372,43 +360,51 @@ private:
 };
 
 template <class T>
-void run(const Step& s) {
-    const Kernel<T> kernel(s);
-    const Work work(kernel);
-    const int pieces = int(work.pieces.size()), cut = int(work.cut.size());
-    std::vector<float> out(work.kept_rows * s.value_dim), most(work.kept_rows, NOTHING), sum(work.kept_rows);
-#pragma omp parallel num_threads(s.threads)
-    {
-        Scratch<T> scratch(s, work.most_rows);
-        [[maybe_unused]] const TileRegisters registers;
-#pragma omp for schedule(static)
-        for (int token = 0; token < s.tokens; token++) {
-            const int row = int(std::upper_bound(s.offsets, s.offsets + s.rows, token) - s.offsets) - 1;
-            kernel.prepare(token, s.starts[row] + token - s.offsets[row]);
-            kernel.write(token);
+AttentionPlan<T>::AttentionPlan(const Attention& layer, int threads) : work(new Work(layer, threads)) {}
+
+template <class T>
+AttentionPlan<T>::~AttentionPlan() = default;
+
+template <class T>
+void AttentionPlan<T>::run(Team& team, const Attention& layer) {
+    const Kernel<T> kernel(layer);
+    const Batch& b = kernel.b;
+    Work& w = *work;
+    Scratch<T>& scratch = w.scratch[team.rank];
+    [[maybe_unused]] const TileRegisters registers;
+    team.share(b.tokens, [&](int64_t token) {
+        const int row = int(std::upper_bound(b.offsets, b.offsets + b.rows, token) - b.offsets) - 1;
+        kernel.prepare(int(token), b.starts[row] + int(token) - b.offsets[row]);
+        kernel.write(int(token));
+    });
+    team.deal(int64_t(w.pieces.size()), [&](int64_t i) {
+        const Task& piece = w.pieces[i];
+        const int rows = piece.count * kernel.group;
+        kernel.attend(piece, scratch);
+        if (piece.parts == 1) {
+            kernel.finish(piece, 1, scratch.out, scratch.most, scratch.sum);
+        } else {
+            std::copy_n(scratch.out, int64_t(rows) * layer.value_dim, &w.out[piece.kept * layer.value_dim]);
+            std::copy_n(scratch.most, rows, &w.most[piece.kept]);
+            std::copy_n(scratch.sum, rows, &w.sum[piece.kept]);
         }
-#pragma omp for schedule(dynamic)
-        for (int i = 0; i < pieces; i++) {
-            const Task& piece = work.pieces[i];
-            const int rows = piece.count * kernel.group;
-            kernel.attend(piece, scratch);
-            if (piece.parts == 1) {
-                kernel.finish(piece, 1, scratch.out, scratch.most, scratch.sum);
-            } else {
-                std::copy_n(scratch.out, int64_t(rows) * s.value_dim, &out[piece.kept * s.value_dim]);
-                std::copy_n(scratch.most, rows, &most[piece.kept]);
-                std::copy_n(scratch.sum, rows, &sum[piece.kept]);
-            }
-        }
-#pragma omp for schedule(dynamic)
-        for (int i = 0; i < cut; i++) {
-            const int64_t at = work.cut[i].kept;
-            kernel.finish(work.cut[i], work.cut[i].parts, &out[at * s.value_dim], &most[at], &sum[at]);
-        }
-    }
+    });
+    if (w.cut.empty()) return;
+    team.deal(int64_t(w.cut.size()), [&](int64_t i) {
+        const int64_t at = w.cut[i].kept;
+        kernel.finish(w.cut[i], w.cut[i].parts, &w.out[at * layer.value_dim], &w.most[at], &w.sum[at]);
+    });
 }
 
-}  // namespace
+template class AttentionPlan<float>;
+template class AttentionPlan<bfloat>;
 
-extern "C" void paged_attention_float32(const Step* step) { run<float>(*step); }
-extern "C" void paged_attention_bfloat16(const Step* step) { run<bfloat>(*step); }
+}  // namespace paged
+
+#define EXPORT_ATTENTION(NAME, T)                                                              \
+    extern "C" void paged_attention_##NAME(const Attention* layer, int threads) {              \
+        paged::AttentionPlan<T> plan(*layer, threads);                                         \
+        paged::in_team(threads, [&](paged::Team& team) { plan.run(team, *layer); });           \
+    }
+EXPORT_ATTENTION(float32, float)
+EXPORT_ATTENTION(bfloat16, bfloat)

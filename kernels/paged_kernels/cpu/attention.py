@@ -12,25 +12,8 @@ from torch import Tensor
 
 from paged_kernels.attention import AttentionBatch, LayerCache, LayerSpec, ReferenceAttention, _zeros
 from paged_kernels.cpu import library
+from paged_kernels.cpu.structures import Attention, Batch
 from paged_kernels.rope import Rope
-
-_INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-
-
-class _Step(ctypes.Structure):
-    """`Step` of attention.cpp: keep both alike."""
-
-    _fields_ = (
-        *((name, _POINTER) for name in ("query", "key", "value", "key_cache", "value_cache", "out", "sinks")),
-        *((name, _POINTER) for name in ("slot_mapping", "tables", "starts", "counts", "offsets")),
-        *((name, _INT64 * 2) for name in ("query_strides", "key_strides", "value_strides")),
-        *((name, _INT32) for name in ("rows", "tokens", "table_width", "threads")),
-        *((name, _INT32) for name in ("heads", "kv_heads", "key_dim", "value_dim", "block_size", "window", "chunk")),
-        *((name, ctypes.c_float) for name in ("scale", "softcap")),
-        *((name, _POINTER) for name in ("query_norm", "key_norm", "cos_sin")),
-        ("norm_eps", ctypes.c_float),
-        *((name, _INT32) for name in ("rotated", "interleaved")),
-    )
 
 
 class CpuAttention:
@@ -122,29 +105,55 @@ class CpuAttention:
         assert self._library is not None
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         out = query.new_empty(query.shape[0], spec.num_heads, spec.value_dim)
-        step: _Step = batch.derive("cpu step", lambda: _step_of(batch))
-        step.query, step.key, step.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
-        step.key_cache, step.value_cache, step.out = cache.key.data_ptr(), cache.value.data_ptr(), out.data_ptr()
-        step.query_strides[:], step.key_strides[:] = query.stride()[:2], key.stride()[:2]
-        step.value_strides[:] = value.stride()[:2]
-        step.heads, step.kv_heads = spec.num_heads, spec.num_kv_heads
-        step.key_dim, step.value_dim = spec.key_dim, spec.value_dim
-        step.block_size = cache.key.shape[3]
-        step.window, step.chunk = spec.window or 0, spec.chunk or 0
-        step.scale, step.softcap = spec.scale, spec.softcap or 0.0
-        # Kept until the call is over.
-        floats = [None if x is None else x.float().contiguous() for x in (sinks, q_norm, k_norm)]
-        step.sinks, step.query_norm, step.key_norm = (None if x is None else x.data_ptr() for x in floats)
-        step.cos_sin = None if rope is None else rope.cos_sin.data_ptr()
-        step.rotated, step.interleaved = (0, 0) if rope is None else (rope.cos_sin.shape[1], rope.interleaved)
-        step.norm_eps = norm_eps
+        layer, kept = layer_of(spec, cache, sinks, rope, q_norm, k_norm, norm_eps)
+        layer.batch = ctypes.pointer(batch_of(batch))
+        layer.query, layer.key, layer.value, layer.out = (x.data_ptr() for x in (query, key, value, out))
+        layer.query_strides[:], layer.key_strides[:] = query.stride()[:2], key.stride()[:2]
+        layer.value_strides[:] = value.stride()[:2]
         name = "paged_attention_float32" if query.dtype == torch.float32 else "paged_attention_bfloat16"
-        getattr(self._library, name)(ctypes.byref(step))
+        getattr(self._library, name)(ctypes.byref(layer), torch.get_num_threads())
+        del kept
         return out
 
 
-def _step_of(batch: AttentionBatch) -> _Step:
-    """What all layers of a step have in common; the arrays live as long as the batch."""
+def layer_of(
+    spec: LayerSpec,
+    cache: LayerCache,
+    sinks: Tensor | None,
+    rope: Rope | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    norm_eps: float,
+) -> tuple[Attention, list[Tensor | None]]:
+    """Attention of a layer, but for the batch and what goes in and out; and tensors that must live as long as it."""
+    kept = [None if x is None else x.float().contiguous() for x in (sinks, q_norm, k_norm)]
+    layer = Attention(
+        key_cache=cache.key.data_ptr(),
+        value_cache=cache.value.data_ptr(),
+        heads=spec.num_heads,
+        kv_heads=spec.num_kv_heads,
+        key_dim=spec.key_dim,
+        value_dim=spec.value_dim,
+        block_size=cache.key.shape[3],
+        window=spec.window or 0,
+        chunk=spec.chunk or 0,
+        scale=spec.scale,
+        softcap=spec.softcap or 0.0,
+        norm_eps=norm_eps,
+    )
+    layer.sinks, layer.query_norm, layer.key_norm = (None if x is None else x.data_ptr() for x in kept)
+    if rope is not None:
+        layer.cos_sin = rope.cos_sin.data_ptr()
+        layer.rotated, layer.interleaved = rope.cos_sin.shape[1], rope.interleaved
+    return layer, kept
+
+
+def batch_of(batch: AttentionBatch) -> Batch:
+    """What the layers of a step have in common; the arrays live as long as `batch`."""
+    return batch.derive("cpu", lambda: _batch_of(batch))
+
+
+def _batch_of(batch: AttentionBatch) -> Batch:
     counts = np.array(batch.counts, dtype=np.int32)
     arrays = {
         "slot_mapping": batch.slot_mapping.contiguous().numpy(),
@@ -154,8 +163,5 @@ def _step_of(batch: AttentionBatch) -> _Step:
         "offsets": (np.cumsum(counts) - counts).astype(np.int32),
     }
     batch.derive("cpu arrays", lambda: arrays)
-    step = _Step(rows=len(counts), tokens=batch.slot_mapping.shape[0], threads=torch.get_num_threads())
-    step.table_width = batch.block_tables.shape[1]
-    for name, array in arrays.items():
-        setattr(step, name, array.ctypes.data)
-    return step
+    sizes = {"tokens": batch.slot_mapping.shape[0], "table_width": batch.block_tables.shape[1]}
+    return Batch(rows=len(counts), **sizes, **{name: array.ctypes.data for name, array in arrays.items()})

@@ -1,7 +1,7 @@
 // Linear layers of int8 weights, on CPUs: see int8.py. Each activation is two int8, a high and a low half. Sums of
 // products are exact int32, so the three ways to compute them agree in every bit.
 
-#include "numbers.h"
+#include "kernels.h"
 
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -167,56 +167,54 @@ float quantize(const T* x, int8_t* out, int64_t width) {
     return size < INFINITY ? size / 127 : NAN;
 }
 
-// See linear in int8.py. `quantized`, for each TOKENS what a product takes, and `factors` [tokens] are scratch.
+}  // namespace
+
 template <class T>
-void linear(
-    const T* x, const int8_t* weight, const float* scales, const T* bias, T* out, int8_t* quantized, float* factors,
-    int64_t tokens, int64_t width, int64_t outputs, int64_t kind, int threads
+void paged::int8_linear(
+    Team& team, const T* x, const int8_t* weight, const float* scales, const T* bias, T* out, int8_t* quantized,
+    float* factors, int64_t tokens, int64_t width, int64_t outputs, int64_t kind
 ) {
     const int64_t depth = (width + DEPTH - 1) / DEPTH * DEPTH, blocks = (outputs + BLOCK - 1) / BLOCK;
     const int64_t tasks = blocks * ((tokens + CHUNK - 1) / CHUNK);
     if (kind == TILES && tokens == 1) kind = VNNI;  // a tenth faster there
     const Product product = kind == TILES ? product_tiles : kind == VNNI ? product_vnni : product_avx2;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t token = 0; token < tokens; token++) {
-            int8_t* to = quantized + token / TOKENS * 2 * TOKENS * depth + token % TOKENS * DEPTH;
-            factors[token] = quantize(x + token * width, to, width);
-        }
-        if (kind == TILES) begin_tiles();
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < tasks; task++) {
-            const int64_t begin = task / blocks * CHUNK, end = std::min(tokens, begin + CHUNK);
-            const int64_t block = task % blocks, column = block * BLOCK, columns = std::min(BLOCK, outputs - column);
-            alignas(64) int32_t sums[2][TOKENS][BLOCK];
-            for (int64_t first = begin; first < end; first += TOKENS) {
-                const int64_t count = std::min(TOKENS, end - first);
-                product(quantized + first * 2 * depth, count, weight + block * BLOCK * depth, depth, sums[0][0]);
-                for (int64_t token = 0; token < count; token++) {
-                    const int32_t *high = sums[0][token], *low = sums[1][token];
-                    T* to = out + (first + token) * outputs + column;
-                    const float factor = factors[first + token];
-                    float values[BLOCK];
+    team.share(tokens, [&](int64_t token) {
+        int8_t* to = quantized + token / TOKENS * 2 * TOKENS * depth + token % TOKENS * DEPTH;
+        factors[token] = quantize(x + token * width, to, width);
+    });
+    if (kind == TILES) begin_tiles();
+    team.share(tasks, [&](int64_t task) {
+        const int64_t begin = task / blocks * CHUNK, end = std::min(tokens, begin + CHUNK);
+        const int64_t block = task % blocks, column = block * BLOCK, columns = std::min(BLOCK, outputs - column);
+        alignas(64) int32_t sums[2][TOKENS][BLOCK];
+        for (int64_t first = begin; first < end; first += TOKENS) {
+            const int64_t count = std::min(TOKENS, end - first);
+            product(quantized + first * 2 * depth, count, weight + block * BLOCK * depth, depth, sums[0][0]);
+            for (int64_t token = 0; token < count; token++) {
+                const int32_t *high = sums[0][token], *low = sums[1][token];
+                T* to = out + (first + token) * outputs + column;
+                const float factor = factors[first + token];
+                float values[BLOCK];
 #pragma omp simd
-                    for (int64_t i = 0; i < BLOCK; i++)
-                        values[i] = (float(high[i]) + float(low[i]) * (1 / LOW)) * scales[column + i] * factor;
-                    if (bias)
-                        for (int64_t i = 0; i < columns; i++) values[i] += to_float(bias[column + i]);
-                    if (columns == BLOCK) {
+                for (int64_t i = 0; i < BLOCK; i++)
+                    values[i] = (float(high[i]) + float(low[i]) * (1 / LOW)) * scales[column + i] * factor;
+                if (bias)
+                    for (int64_t i = 0; i < columns; i++) values[i] += to_float(bias[column + i]);
+                if (columns == BLOCK) {
 #pragma omp simd
-                        for (int64_t i = 0; i < BLOCK; i++) store(to + i, values[i]);
-                    } else {
-                        for (int64_t i = 0; i < columns; i++) store(to + i, values[i]);
-                    }
+                    for (int64_t i = 0; i < BLOCK; i++) store(to + i, values[i]);
+                } else {
+                    for (int64_t i = 0; i < columns; i++) store(to + i, values[i]);
                 }
             }
         }
-        if (kind == TILES) end_tiles();
-    }
+    });
+    if (kind == TILES) end_tiles();
 }
 
-}  // namespace
+int64_t paged::int8_bytes(int64_t tokens, int64_t width) {
+    return (tokens + TOKENS - 1) / TOKENS * 2 * TOKENS * ((width + DEPTH - 1) / DEPTH * DEPTH);
+}
 
 // Whether this process may use tiles, where the CPU has them: Linux wants to be asked.
 extern "C" int paged_may_use_tiles() {
@@ -229,11 +227,19 @@ extern "C" int paged_may_use_tiles() {
 }
 
 #define EXPORT_LINEAR(NAME, T)                                                                                       \
+    template void paged::int8_linear(                                                                                \
+        Team&, const T* x, const int8_t*, const float*, const T*, T*, int8_t*, float*, int64_t, int64_t, int64_t,    \
+        int64_t                                                                                                      \
+    );                                                                                                               \
     extern "C" void paged_int8_linear_##NAME(                                                                        \
         const T* x, const int8_t* weight, const float* scales, const T* bias, T* out, int8_t* quantized,             \
         float* factors, int64_t tokens, int64_t width, int64_t outputs, int64_t kind, int threads                      \
     ) {                                                                                                              \
-        linear(x, weight, scales, bias, out, quantized, factors, tokens, width, outputs, kind, threads);               \
+        paged::in_team(threads, [&](paged::Team& team) {                                                             \
+            paged::int8_linear(                                                                                      \
+                team, x, weight, scales, bias, out, quantized, factors, tokens, width, outputs, kind                 \
+            );                                                                                                       \
+        });                                                                                                          \
     }
 EXPORT_LINEAR(float32, float)
 EXPORT_LINEAR(bfloat16, bfloat)

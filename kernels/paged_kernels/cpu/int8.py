@@ -17,7 +17,7 @@ from paged_kernels.cpu import library
 from paged_kernels.cpu.call import call
 
 Kind = Literal["avx2", "vnni", "tiles"]
-_KINDS: tuple[Kind, ...] = ("avx2", "vnni", "tiles")  # as in int8.cpp
+KINDS: tuple[Kind, ...] = ("avx2", "vnni", "tiles")  # as in int8.cpp
 _BLOCK, _TILE, _DEPTH = 32, 16, 64
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -61,7 +61,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, kind: Kind | None = N
     shape = 2 * -(-tokens // _TILE) * _TILE, weight.packed.shape[1] * _DEPTH  # tiles are read as a whole
     quantized = torch.empty(shape, dtype=torch.int8)
     factors = torch.empty(tokens, dtype=torch.float32)
-    sizes = tokens, inputs, weight.outputs, _KINDS.index(kind or best())
+    sizes = tokens, inputs, weight.outputs, KINDS.index(kind or best())
     call(f"paged_int8_linear_{_NAMES[x.dtype]}", x, weight.packed, weight.scales, bias, out, quantized, factors, *sizes)
     return out
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paged_kernels.cpu import int8, linear
+from paged_kernels.cpu import int8, linear, structures
 from paged_kernels.cpu.call import call
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -29,6 +30,8 @@ class Linears:
         self._packed: dict[int, Tensor] = {}
         """By address of the weight."""
         self._integers: dict[int, int8.Weight] = {}
+        self.version = 0
+        """Changes whenever weights are to be packed anew."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """As `F.linear`."""
@@ -36,15 +39,18 @@ class Linears:
             return int8.linear(x, self._integers_of(weight), bias)
         if weight.dtype != torch.bfloat16:
             return F.linear(x, weight, bias)
-        if self._in_panels and x.shape[1] % 2 == 0:
+        if self._is_in_panels(weight):
             return linear.linear(x, self._pack(weight), len(weight), bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._pack(weight), bias, "none", [], "")
         return out
 
+    def _is_in_panels(self, weight: Tensor) -> bool:
+        return self._in_panels and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
+
     def _pack(self, weight: Tensor) -> Tensor:
         packed = self._packed.get(weight.data_ptr())
         if packed is None:
-            if self._in_panels and weight.shape[1] % 2 == 0:
+            if self._is_in_panels(weight):
                 packed = linear.pack(weight)
             else:
                 packed = torch.ops.mkldnn._reorder_linear_weight(weight, _FEW)
@@ -57,6 +63,21 @@ class Linears:
             integers = self._integers[weight.data_ptr()] = int8.pack(*int8.quantize(weight))
         return integers
 
+    def are_own(self, weights: Sequence[Tensor]) -> bool:
+        """Whether our own kernels compute layers of these weights, for which there is a `structure`."""
+        return self._quantized or all(self._is_in_panels(weight) for weight in weights)
+
+    def structure(self, weight: Tensor, bias: Tensor | None) -> structures.Linear:
+        """The layer as compiled kernels take it, until weights are to be packed anew."""
+        width, depth = weight.shape
+        layer = structures.Linear(bias=None if bias is None else bias.data_ptr(), width=width, depth=depth)
+        if self._quantized:
+            integers = self._integers_of(weight)
+            layer.weight, layer.scales = integers.packed.data_ptr(), integers.scales.data_ptr()
+        else:
+            layer.weight = self._pack(weight).data_ptr()
+        return layer
+
     def quantize(self) -> None:
         """From now on, use int8 weights."""
         self._quantized = True
@@ -64,6 +85,7 @@ class Linears:
 
     def forget(self) -> None:
         """Weights have changed: pack them anew."""
+        self.version += 1
         self._packed.clear()
         self._integers.clear()
 

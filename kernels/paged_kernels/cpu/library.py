@@ -21,7 +21,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
-SOURCES = tuple(_FOLDER / f"{name}.cpp" for name in ("attention", "layers", "linear", "int8"))
+SOURCES = tuple(_FOLDER / f"{name}.cpp" for name in ("attention", "decoder", "layers", "linear", "int8"))
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "amx": ("avx2", "fma", *_AVX512, "avx512_bf16", "amx_tile", "amx_bf16"),

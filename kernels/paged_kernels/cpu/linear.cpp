@@ -1,5 +1,6 @@
 // Linear layers in bfloat16 over packed weights, for CPUs with dot products of bfloat16 pairs: see linear.py.
 
+#include "kernels.h"
 #include "product.h"
 
 namespace {
@@ -39,23 +40,27 @@ void rows_by_panel(
 
 }  // namespace
 
+void paged::linear(
+    Team& team, const bfloat* x, const bfloat* packed, const bfloat* bias, bfloat* out, int64_t rows, int64_t width,
+    int64_t depth
+) {
+    const int64_t panels = (width + COLUMNS - 1) / COLUMNS;
+    int64_t chunk = CHUNK;
+    while (chunk > 8 && panels * ((rows + chunk - 1) / chunk) < 4 * team.size) chunk /= 2;  // something for every thread
+    team.share(panels * ((rows + chunk - 1) / chunk), [&](int64_t task) {
+        const int64_t first = task % panels * COLUMNS, begin = task / panels * chunk;
+        in_groups<8>(int(std::min(chunk, rows - begin)), [&](auto n, int row) {
+            rows_by_panel<n()>(
+                x + (begin + row) * depth, packed + first * depth, bias ? bias + first : nullptr,
+                out + (begin + row) * width + first, width - first, width, depth
+            );
+        });
+    });
+}
+
 extern "C" void paged_linear(
     const bfloat* x, const bfloat* packed, const bfloat* bias, bfloat* out, int64_t rows, int64_t width, int64_t depth,
     int threads
 ) {
-    const int64_t panels = (width + COLUMNS - 1) / COLUMNS;
-    int64_t chunk = CHUNK;
-    while (chunk > 8 && panels * ((rows + chunk - 1) / chunk) < 4 * threads) chunk /= 2;  // something for every thread
-    const int64_t chunks = (rows + chunk - 1) / chunk;
-#pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
-    for (int64_t i = 0; i < chunks; i++)
-        for (int64_t panel = 0; panel < panels; panel++) {
-            const int64_t first = panel * COLUMNS, begin = i * chunk;
-            in_groups<8>(int(std::min(chunk, rows - begin)), [&](auto n, int row) {
-                rows_by_panel<n()>(
-                    x + (begin + row) * depth, packed + first * depth, bias ? bias + first : nullptr,
-                    out + (begin + row) * width + first, width - first, width, depth
-                );
-            });
-        }
+    paged::in_team(threads, [&](paged::Team& team) { paged::linear(team, x, packed, bias, out, rows, width, depth); });
 }

@@ -5,11 +5,11 @@
 #include <cstdint>
 #include <cstring>
 
-namespace {
-
 struct bfloat {
     uint16_t bits;
 };
+
+namespace {
 
 // The two numbers of a pair of bfloat16.
 inline float low(uint32_t pair) {
