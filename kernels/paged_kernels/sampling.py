@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+_CHUNK = 512
 _HEAD = 1024  # most likely tokens sorted at first; rows whose filter reaches further are sorted whole
 
 
@@ -36,7 +37,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     those the smallest head whose renormalised probability reaches top_p, of those the ones at least min_p times as
     likely as the best, and invert the cumulative distribution at `uniform`.
     """
-    tokens = logits.max(-1).indices  # of the first maximum, too; on a CPU twice as fast as argmax
+    tokens = _first_largest(logits)
     drawn = np.flatnonzero(batch.temperature > 0)
     if drawn.size == 0:
         return tokens
@@ -47,6 +48,21 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
             temperature = torch.from_numpy(batch.temperature[rows]).to(logits.device).unsqueeze(1)
             probabilities = torch.softmax(logits[index] / temperature, -1)
             tokens[index] = draw(probabilities, batch, rows)
+    return tokens
+
+
+def _first_largest(logits: Tensor) -> Tensor:
+    """Of each row. On a CPU `amax` is nine times as fast as what also says where: it finds the chunk to look in."""
+    rows, vocab = logits.shape
+    whole = vocab // _CHUNK * _CHUNK
+    if logits.device.type != "cpu" or whole == 0:
+        return logits.max(-1).indices
+    chunks = logits[:, :whole].unflatten(1, (-1, _CHUNK))
+    top, chunk = chunks.amax(-1).max(-1)
+    tokens = chunk * _CHUNK + chunks[torch.arange(rows), chunk].max(-1).indices
+    if whole < vocab:
+        rest, at = logits[:, whole:].max(-1)
+        tokens = torch.where(rest > top, whole + at, tokens)
     return tokens
 
 

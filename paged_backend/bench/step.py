@@ -54,7 +54,7 @@ _KINDS = (
     ("activation", r"(paged)?_gated.*|aten::(silu|gelu)"),
     (
         "sampling",
-        r"_summarise|_choose|_add|_penalise|_count|aten::(argmax|max|isfinite|sort|topk|_?softmax|cumsum|exponential_)",
+        r"_summarise|_choose|_add|_penalise|_count|aten::(argmax|a?max|isfinite|sort|topk|_?softmax|cumsum|exponential_)",
     ),
     ("elementwise", r"aten::(add|sub|mul|div|neg|pow|mean|rsqrt|abs|eq|ne)_?"),
     ("step", r"_plan|locate|_apply"),

@@ -122,7 +122,7 @@ class ModelRunner:
         candidates = {row: _candidates(logits[row], request) for row, request in enumerate(requests) if request.steered}
         if self._edits.wanted(slots, positions):
             self._edits.apply(logits, requests, slots, positions, device_slots)
-        finite = logits.max(-1).values.isfinite().cpu().numpy()
+        finite = logits.amax(-1).isfinite().cpu().numpy()
         if not finite.all():
             logits[torch.from_numpy(~finite)] = 0.0
         tokens = self._draw(logits, slots, positions)

@@ -35,6 +35,14 @@ def test_greedy_takes_the_first_maximum_and_is_the_default_of_temperature_zero()
     assert sample(logits, batch(2, temperature=0)).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("vocab", [1, 300, 512, 1024, 1029, 5000])
+def test_the_first_maximum_of_any_number_of_tokens(vocab: int) -> None:
+    torch.manual_seed(vocab)
+    logits = torch.randint(-3, 9, (40, vocab)).float()  # the largest comes many times
+    logits[:20] = torch.where(torch.rand(20, vocab) < 0.999, -torch.inf, logits[:20])
+    assert sample(logits, batch(40, temperature=0)).tolist() == logits.numpy().argmax(-1).tolist()
+
+
 def test_filters_keep_what_their_definitions_say() -> None:
     logits = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).log().unsqueeze(0)
     assert kept(logits) == {0, 1, 2, 3, 4}

@@ -19,6 +19,7 @@ constexpr int BLOCK_ROWS = 48;   // rows whose scores for a tile are computed at
 constexpr int MOST_ROWS = 384;   // of a task, unless one query has more
 constexpr int LEAST_KEYS = 512;  // of a piece of a task, for each 8 of its rows
 constexpr int PIECES = 128;      // about as many for a step, if its tasks are long enough to be cut
+constexpr int AHEAD = 2;         // blocks of which the memory is asked before they are needed
 constexpr int MOST_DIM = 512;
 constexpr float NOTHING = -INFINITY;
 constexpr float LOG2_E = 1.44269504088896341f;
@@ -154,7 +155,7 @@ struct Kernel {
     }
 
     // What a task's queries take of its keys: `out`, `most` and `sum` of scratch.
-    void attend(const Task& task, Scratch<T>& scratch) const {
+    void attend(const Task& task, const Task* next, Scratch<T>& scratch) const {
         const int rows = task.count * group, position = b.starts[task.row] + task.first;
         const bool many = rows > ROWS;    // then V is copied: its blocks become one of a whole tile
         const int unit = many ? 32 : 16;  // keys whose V is multiplied at once
@@ -175,7 +176,7 @@ struct Kernel {
                 const int lo = std::max({tile, seen_from, first_seen(position + first / group)}) - tile;
                 const int hi = std::min({tile + TILE, seen_to, position + last / group + 1}) - tile;
                 if (lo >= hi) continue;
-                score(task, tile, lo, hi, some, scratch.query + first * s.key_dim, seen_to, scratch.scores);
+                score(task, next, tile, lo, hi, some, scratch.query + first * s.key_dim, seen_to, scratch.scores);
                 const int from = lo / unit * unit, to = (hi + unit - 1) / unit * unit;
                 float* out = scratch.out + int64_t(first) * s.value_dim;
                 for (int r = 0; r < some; r++) {
@@ -204,14 +205,13 @@ struct Kernel {
     }
 
     // Scores of `rows` queries for keys lo..hi of a tile, and others next to them.
-    void score(const Task& task, int tile, int lo, int hi, int rows, const T* query, int seen_to, float* scores) const {
+    void score(
+        const Task& task, const Task* next, int tile, int lo, int hi, int rows, const T* query, int seen_to, float* scores
+    ) const {
         const int32_t* table = b.tables + int64_t(task.row) * b.table_width;
         for (int j = lo / 16 * 16; j < hi; j += 16) {
             const int block = (tile + j) / s.block_size, lane = (tile + j) % s.block_size;
-            if (rows <= ROWS && lane == 0 && (block + 2) * s.block_size < seen_to) {
-                fetch(keys(table[block + 2], task.head), key_block);
-                fetch(values(table[block + 2], task.head), value_block);
-            }
+            if (rows <= ROWS && lane == 0) fetch_ahead(task, next, block, seen_to);
             const T* key = keys(table[block], task.head) + lane * P;
             product(rows, 16, query, s.key_dim, key, s.block_size * P, s.key_dim, scores + j, TILE, false);
         }
@@ -272,8 +272,24 @@ struct Kernel {
         return copy;
     }
 
-    static void fetch(const T* from, int64_t count) {
-        for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i);
+    // The block AHEAD of one: after the task's last ones, those of the next.
+    __attribute__((always_inline)) void fetch_ahead(const Task& task, const Task* next, int block, int seen_to) const {
+        const int end = (seen_to + s.block_size - 1) / s.block_size;
+        block += AHEAD;
+        if (block < end) {
+            fetch(task, block);
+        } else if (next) {
+            block += next->from / s.block_size - end;
+            if (block * s.block_size < next->to) fetch(*next, block);
+        }
+    }
+
+    __attribute__((always_inline)) void fetch(const Task& task, int block) const {
+        const int32_t at = b.tables[int64_t(task.row) * b.table_width + block];
+        const T *key = keys(at, task.head), *value = values(at, task.head);
+        constexpr int LINE = 64 / sizeof(T);
+        for (int64_t i = 0; i < key_block; i += LINE) __builtin_prefetch(key + i);
+        for (int64_t i = 0; i < value_block; i += LINE) __builtin_prefetch(value + i);
     }
 
     // Normalises what `parts` partial results, [parts][rows][value_dim], are together.
@@ -377,10 +393,10 @@ void AttentionPlan<T>::run(Team& team, const Attention& layer) {
         kernel.prepare(int(token), b.starts[row] + int(token) - b.offsets[row]);
         kernel.write(int(token));
     });
-    team.deal(int64_t(w.pieces.size()), [&](int64_t i) {
+    team.share(int64_t(w.pieces.size()), [&](int64_t i) {
         const Task& piece = w.pieces[i];
         const int rows = piece.count * kernel.group;
-        kernel.attend(piece, scratch);
+        kernel.attend(piece, i + 1 < int64_t(w.pieces.size()) ? &piece + 1 : nullptr, scratch);
         if (piece.parts == 1) {
             kernel.finish(piece, 1, scratch.out, scratch.most, scratch.sum);
         } else {
