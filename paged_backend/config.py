@@ -109,7 +109,7 @@ class EngineConfig(CheckedModel):
     """With the cpu and triton backends, compute models of a known structure with packed weights and fused kernels."""
     one_call: bool = True
     """On a CPU, compute all layers of a step of a fused model in one call of the compiled kernels, where these have its
-    linear layers: in bfloat16 on CPUs with AVX-512 BF16 but no AMX, and in int8."""
+    linear layers: in bfloat16 on CPUs with AVX-512 BF16, and in int8."""
     cuda_graphs: bool = True
     """Replay steps of fused models as CUDA graphs: decodes, and short chunks of prompts beside them."""
     look_ahead: bool = True

@@ -1,4 +1,4 @@
-"""Linear layers in bfloat16 over packed weights, where a CPU multiplies pairs of bfloat16 but has no AMX.
+"""Linear layers in bfloat16 over packed weights, where a CPU multiplies pairs of bfloat16, by vectors or by AMX tiles.
 
 oneDNN's own reach half of what such CPUs can do at 32 rows, and three quarters where a layer has many outputs.
 """
@@ -16,7 +16,7 @@ _COLUMNS = 48
 
 def is_fastest() -> bool:
     """Whether this CPU should compute linear layers so. They need an even number of inputs."""
-    return "avx512_bf16" in library.features() and "amx_bf16" not in library.features()
+    return "avx512_bf16" in library.features()
 
 
 def pack(weight: Tensor) -> Tensor:

@@ -50,15 +50,17 @@ void product_of_lanes(
 // Compilers do not know that tile instructions read memory: what was stored is to be there.
 inline void remember(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
 
-// Holds this thread's tile registers, all of 16 rows of 64 bytes.
+// Holds this thread's tile registers, of 64 bytes a row: the last of 16 rows, the others of so many.
 class TileRegisters {
 public:
-    TileRegisters() {
+    explicit TileRegisters(int64_t count = TILE_ROWS) {
         struct alignas(64) {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};
             uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+            uint8_t rows[16] = {};
         } layout;
+        std::fill_n(layout.rows, 7, uint8_t(count));
+        layout.rows[7] = TILE_ROWS;
         remember(&layout);
         _tile_loadconfig(&layout);
     }
