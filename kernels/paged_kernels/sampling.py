@@ -57,9 +57,9 @@ def _first_largest(logits: Tensor) -> Tensor:
     whole = vocab // _CHUNK * _CHUNK
     if logits.device.type != "cpu" or whole == 0:
         return logits.max(-1).indices
-    chunks = logits[:, :whole].unflatten(1, (-1, _CHUNK))
+    chunks = logits[:, :whole].view(rows, whole // _CHUNK, _CHUNK)
     top, chunk = chunks.amax(-1).max(-1)
-    tokens = chunk * _CHUNK + chunks[torch.arange(rows), chunk].max(-1).indices
+    tokens: Tensor = chunk * _CHUNK + chunks[torch.arange(rows), chunk].max(-1).indices
     if whole < vocab:
         rest, at = logits[:, whole:].max(-1)
         tokens = torch.where(rest > top, whole + at, tokens)
