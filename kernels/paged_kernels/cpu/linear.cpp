@@ -109,7 +109,7 @@ void paged::linear(
         int64_t begin = task / panels * chunk;
         const bfloat *panel = packed + first * depth, *added = bias ? bias + first : nullptr;
 #ifdef __AMX_BF16__
-        while (depth % 32 == 0 && end - begin > 1) {
+        while (depth % 32 == 0 && begin < end) {
             const int64_t some = end - begin >= 2 * TILE_ROWS ? 2 * TILE_ROWS : std::min<int64_t>(TILE_ROWS, end - begin);
             (some > TILE_ROWS ? tiles_by_panel<true> : tiles_by_panel<false>)(
                 x + begin * depth, some, panel, added, out + begin * width + first, width - first, width, depth
