@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.nn.functional as F
 from paged_kernels.attention import LayerCache, LayerSpec
+from paged_kernels.cpu import layers as cpu_layers
+from paged_kernels.cpu.decoder import Decoder
 from paged_kernels.layer import GLU, Activation, FusedLayer, Linear
 from paged_kernels.rope import Rope, rope_and_write_reference
 from torch import Tensor, nn
@@ -27,7 +29,6 @@ from paged_backend.runner.attention import Layer, handling
 from paged_backend.runner.rotated_attention import RotatedAttention
 
 if TYPE_CHECKING:
-    from paged_kernels.cpu.decoder import Decoder
     from transformers import PreTrainedModel
 
 # Norms of a decoder layer: before attention, after it (of what it adds), before the MLP, after it.
@@ -106,9 +107,7 @@ class FusedModel:
         self._observe(model, blocks, multiplier, max_positions)
         self.decoder: Decoder | None = None
         """What computes all layers of a step on a CPU in one call, wherever it can; None if nothing shall."""
-        if model.device.type == "cpu":
-            from paged_kernels.cpu.decoder import Decoder
-
+        if kernels is cpu_layers:
             self.decoder = Decoder(self.layers, self._norm, self._head, self._eps, self.linears)
         if model.device.type == "cuda":
             self.linears.own = True  # not before: they would be compiled one by one

@@ -406,7 +406,7 @@ void AttentionPlan<T>::run(Team& team, const Attention& layer) {
         }
     });
     if (w.cut.empty()) return;
-    team.deal(int64_t(w.cut.size()), [&](int64_t i) {
+    team.share(int64_t(w.cut.size()), [&](int64_t i) {
         const int64_t at = w.cut[i].kept;
         kernel.finish(w.cut[i], w.cut[i].parts, &w.out[at * layer.value_dim], &w.most[at], &w.sum[at]);
     });

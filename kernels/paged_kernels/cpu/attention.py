@@ -105,14 +105,13 @@ class CpuAttention:
         assert self._library is not None
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         out = query.new_empty(query.shape[0], spec.num_heads, spec.value_dim)
-        layer, kept = layer_of(spec, cache, sinks, rope, q_norm, k_norm, norm_eps)
+        layer, _kept = layer_of(spec, cache, sinks, rope, q_norm, k_norm, norm_eps)
         layer.batch = ctypes.pointer(batch_of(batch))
         layer.query, layer.key, layer.value, layer.out = (x.data_ptr() for x in (query, key, value, out))
         layer.query_strides[:], layer.key_strides[:] = query.stride()[:2], key.stride()[:2]
         layer.value_strides[:] = value.stride()[:2]
         name = "paged_attention_float32" if query.dtype == torch.float32 else "paged_attention_bfloat16"
         getattr(self._library, name)(ctypes.byref(layer), torch.get_num_threads())
-        del kept
         return out
 
 

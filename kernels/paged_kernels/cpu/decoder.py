@@ -34,18 +34,20 @@ class Decoder:
 
     def __init__(self, layers: Sequence[FusedLayer], norm: Tensor, head: Linear, eps: float, linears: Linears) -> None:
         self._layers, self._norm, self._head, self._eps, self._linears = layers, norm, head, eps, linears
+        weights, self._has_plain_mlps = [head.weight], True
+        for layer in layers:
+            if isinstance(layer.mlp, GLU) and layer.mlp.activation in ("silu", "gelu_tanh"):
+                weights += [linear.weight for linear in (layer.qkv, layer.out, layer.mlp.gate_up, layer.mlp.down)]
+            else:
+                self._has_plain_mlps = False
+        self._are_in_panels = all(map(linears.is_in_panels, weights))
         self._built: _Built | None = None
         self.seconds: structures.Seconds | None = None
         """If not None, what steps spend on each kind of kernel is added to it."""
 
     def can_compute(self) -> bool:
         """Whether the kernels have all that the layers need."""
-        weights = [self._head.weight]
-        for layer in self._layers:
-            if not isinstance(layer.mlp, GLU) or layer.mlp.activation not in ("silu", "gelu_tanh"):
-                return False
-            weights += [linear.weight for linear in (layer.qkv, layer.out, layer.mlp.gate_up, layer.mlp.down)]
-        return self._linears.are_own(weights)
+        return self._has_plain_mlps and (self._linears.quantized or self._are_in_panels)
 
     def __call__(
         self,

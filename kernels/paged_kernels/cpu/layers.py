@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -26,7 +25,7 @@ class Linears:
     def __init__(self, device: torch.device) -> None:
         self.own = False
         """There is no other way to compute one row."""
-        self._quantized, self._in_panels = False, linear.is_fastest()
+        self.quantized, self._in_panels = False, linear.is_fastest()
         self._packed: dict[int, Tensor] = {}
         """By address of the weight."""
         self._integers: dict[int, int8.Weight] = {}
@@ -35,22 +34,23 @@ class Linears:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """As `F.linear`."""
-        if self._quantized:
+        if self.quantized:
             return int8.linear(x, self._integers_of(weight), bias)
         if weight.dtype != torch.bfloat16:
             return F.linear(x, weight, bias)
-        if self._is_in_panels(weight):
+        if self.is_in_panels(weight):
             return linear.linear(x, self._pack(weight), len(weight), bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._pack(weight), bias, "none", [], "")
         return out
 
-    def _is_in_panels(self, weight: Tensor) -> bool:
+    def is_in_panels(self, weight: Tensor) -> bool:
+        """Whether our own product computes the layer, as long as it is not quantised."""
         return self._in_panels and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
 
     def _pack(self, weight: Tensor) -> Tensor:
         packed = self._packed.get(weight.data_ptr())
         if packed is None:
-            if self._is_in_panels(weight):
+            if self.is_in_panels(weight):
                 packed = linear.pack(weight)
             else:
                 packed = torch.ops.mkldnn._reorder_linear_weight(weight, _FEW)
@@ -63,15 +63,11 @@ class Linears:
             integers = self._integers[weight.data_ptr()] = int8.pack(*int8.quantize(weight))
         return integers
 
-    def are_own(self, weights: Sequence[Tensor]) -> bool:
-        """Whether our own kernels compute layers of these weights, for which there is a `structure`."""
-        return self._quantized or all(self._is_in_panels(weight) for weight in weights)
-
     def structure(self, weight: Tensor, bias: Tensor | None) -> structures.Linear:
-        """The layer as compiled kernels take it, until weights are to be packed anew."""
+        """A layer that is in panels or quantised, as compiled kernels take it, until weights are to be packed anew."""
         width, depth = weight.shape
         layer = structures.Linear(bias=None if bias is None else bias.data_ptr(), width=width, depth=depth)
-        if self._quantized:
+        if self.quantized:
             integers = self._integers_of(weight)
             layer.weight, layer.scales = integers.packed.data_ptr(), integers.scales.data_ptr()
         else:
@@ -80,7 +76,7 @@ class Linears:
 
     def quantize(self) -> None:
         """From now on, use int8 weights."""
-        self._quantized = True
+        self.quantized = True
         self.forget()
 
     def forget(self) -> None:

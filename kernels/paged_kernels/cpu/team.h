@@ -38,14 +38,24 @@ public:
     // the operating system may have given the core of one to somebody else.
     template <class F>
     void share(int64_t count, F&& task) {
-        run(count, size, task);
+        Counter *taken = &board.taken[kernels % 2 * board.threads], *next = &board.taken[(kernels + 1) % 2 * board.threads];
+        next[rank].value.store(0, std::memory_order_relaxed);
+        kernels++;
+        for (int i = 0; i < size; i++) {
+            const int64_t owner = (rank + i) % size, begin = count * owner / size, end = count * (owner + 1) / size;
+            std::atomic<int64_t>& done = taken[owner].value;
+            while (begin + done.load(std::memory_order_relaxed) < end) {
+                const int64_t at = begin + done.fetch_add(1, std::memory_order_relaxed);
+                if (at < end) task(at);
+            }
+        }
+        wait();
     }
 
-    // The same, in order: for tasks that differ in length, the longest first.
-    template <class F>
-    void deal(int64_t count, F&& task) {
-        run(count, 1, task);
-    }
+private:
+    static constexpr int SPINS = 200;  // some microseconds; then whoever else has work may do it
+    Board& board;
+    int64_t kernels = 0;  // so far
 
     // Waits for all threads.
     void wait() {
@@ -58,27 +68,6 @@ public:
         }
         for (int turns = 0; board.barriers.value.load(std::memory_order_acquire) == now; turns++)
             turns < SPINS ? _mm_pause() : void(sched_yield());
-    }
-
-private:
-    static constexpr int SPINS = 200;  // some microseconds; then whoever else has work may do it
-    Board& board;
-    int64_t kernels = 0;  // so far
-
-    template <class F>
-    void run(int64_t count, int ranges, F&& task) {
-        Counter *taken = &board.taken[kernels % 2 * board.threads], *next = &board.taken[(kernels + 1) % 2 * board.threads];
-        next[rank].value.store(0, std::memory_order_relaxed);
-        kernels++;
-        for (int i = 0; i < ranges; i++) {
-            const int64_t owner = (rank + i) % ranges, begin = count * owner / ranges, end = count * (owner + 1) / ranges;
-            std::atomic<int64_t>& done = taken[owner].value;
-            while (begin + done.load(std::memory_order_relaxed) < end) {
-                const int64_t at = begin + done.fetch_add(1, std::memory_order_relaxed);
-                if (at < end) task(at);
-            }
-        }
-        wait();
     }
 };
 
