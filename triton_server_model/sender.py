@@ -26,7 +26,7 @@ _PAUSE_SECONDS = 0.001
 _POLL_SECONDS = 0.025
 _POLLS = 64
 """Requests asked about each time at most: `is_cancelled` is a call to another process, of 10 us if cores are free."""
-_POLL_CORE_SECONDS = 0.06
+_POLL_CORE_SECONDS = 0.03
 """For each of them, of the time of all cores: where none is free, asking takes the engine much longer than 10 us."""
 _IDLE_SECONDS = 0.1
 
