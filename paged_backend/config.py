@@ -78,9 +78,9 @@ class EngineConfig(CheckedModel):
     stream_interval: int = Field(1, ge=1)
     """Least number of tokens of a request that an engine in a process of its own, such as Triton's, hands out at once,
     after the first, which comes alone. More mean fewer messages, which take time from an engine on the same cores."""
-    stream_share: float = Field(0.03, gt=0, le=1)
+    stream_share: float = Field(0.02, gt=0, le=1)
     """About how much of the time of the cores an engine on a CPU that has a process of its own may lose to responses:
-    tokens of a request, after the first, wait for each other to keep to it, up to half a second. 1: none waits."""
+    tokens of a request, after the first, wait for each other to keep to it, up to a second. 1: none waits."""
 
     enable_prefix_caching: bool = True
     """Keep blocks of ended requests and share blocks of running ones where prompts begin alike."""

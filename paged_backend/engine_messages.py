@@ -79,27 +79,32 @@ class Packer:
         """Sequences of requests that have not ended, of which a whole output was sent: what is held back of them."""
 
     def pack(self, outputs: Sequence[RequestOutput]) -> Outputs:
-        """Outputs that come later in `outputs` also come later out of `unpack`, for each request."""
+        """Outputs that come later in `outputs` also come later out of `unpack`, for each request. Those of one sequence
+        that would be rows of columns become one row.
+        """
         ids, indices, texts, token_ids, whole = packed = Outputs([], [], [], [], [])
+        rows: dict[tuple[str, int], None] = {}
         for output in outputs:
             begun, index = self._begun.get(output.request_id, {}), output.index
             if index in begun:
                 text, tokens = begun[index]
                 output.text, output.token_ids = text + output.text, tokens + output.token_ids
                 if output.finish_reason is None and output.logprobs is None:
-                    if len(output.token_ids) < self._interval:
-                        begun[index] = output.text, output.token_ids
-                        continue
-                    ids.append(output.request_id)
-                    indices.append(index)
-                    texts.append(output.text)
-                    token_ids.append(output.token_ids)
-                    begun[index] = _NOTHING
+                    begun[index] = output.text, output.token_ids
+                    rows[output.request_id, index] = None
                     continue
                 begun[index] = _NOTHING
             if output.error is not None:
                 output.error = portable(output.error)
             whole.append(output)
+        for request_id, index in rows:
+            text, tokens = self._begun[request_id][index]
+            if len(tokens) >= self._interval:
+                ids.append(request_id)
+                indices.append(index)
+                texts.append(text)
+                token_ids.append(tokens)
+                self._begun[request_id][index] = _NOTHING
         for output in whole:  # not before: rows would overtake the first whole output
             if output.finished:
                 self._begun.pop(output.request_id, None)

@@ -11,7 +11,7 @@ from paged_backend.request import RequestOutput
 _RESPONSE_SECONDS = 0.0008
 """Of one core, about, that a response takes from the engine: 0.3 ms of server, backend and client, for which the
 engine's threads wait for each other (docs/performance.md)."""
-_LONGEST_SECONDS = 0.5
+_LONGEST_SECONDS = 1.0
 
 
 def num_cores() -> int:
@@ -22,7 +22,7 @@ def num_cores() -> int:
 class Pace:
     """Keeps outputs back, so that responses take a small part of the cores' time.
 
-    A request's first and last outputs never wait, nor does any longer than half a second while the engine steps.
+    A request's first and last outputs never wait, nor does any longer than a second while the engine steps.
     """
 
     def __init__(self, share: float) -> None:

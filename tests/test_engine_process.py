@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import logging
 import os
 import pickle
@@ -16,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import psutil
 import pytest
@@ -40,7 +40,14 @@ from paged_backend.engine_messages import Packer, Unpacker
 from paged_backend.engine_process import EngineProcess
 from tests import trouble
 
-CONFIG = {"dtype": "float32", "device": "cpu", "num_blocks": 256, "max_num_seqs": 8, "max_waiting": 16}
+CONFIG = {
+    "dtype": "float32",
+    "device": "cpu",
+    "num_blocks": 256,
+    "max_num_seqs": 8,
+    "max_waiting": 16,
+    "stream_share": 1,
+}
 LONG = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
 
 
@@ -380,7 +387,7 @@ def test_threads_that_wait_do_not_spin_for_long(engine: EngineProcess) -> None:
 
 
 def test_tokens_in_pieces(engine: EngineProcess, tiny_llama_dir: Path) -> None:
-    config = EngineConfig(model=str(tiny_llama_dir), **CONFIG, stream_interval=4, stream_share=1)
+    config = EngineConfig(model=str(tiny_llama_dir), **CONFIG, stream_interval=4)
     pieces = Listener(EngineProcess(config, environment={"OMP_NUM_THREADS": "1"}))
     single = Listener(engine)
     params = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
@@ -396,19 +403,17 @@ def test_tokens_in_pieces(engine: EngineProcess, tiny_llama_dir: Path) -> None:
     pieces.engine.close()
 
 
-@pytest.mark.parametrize(("share", "longest"), [(0.001, 28), (1, 1)])
-def test_tokens_wait_for_each_other(tiny_llama_dir: Path, share: float, longest: int) -> None:
-    config = EngineConfig(model=str(tiny_llama_dir), **CONFIG, stream_share=share)
+@pytest.mark.parametrize(("share", "most"), [(0.001, 28), (1, 1)])
+def test_tokens_wait_for_each_other(tiny_llama_dir: Path, share: float, most: int) -> None:
+    config = EngineConfig(model=str(tiny_llama_dir), **CONFIG | {"stream_share": share})
     engine = EngineProcess(config, environment={"OMP_NUM_THREADS": "1"})
-    with mock.patch.object(engine._unpacker, "unpack", wraps=engine._unpacker.unpack) as unpack:
-        engine.submit("a", "the quick brown fox", SamplingParams(max_tokens=30, temperature=0, ignore_eos=True))
-        outputs: list[RequestOutput] = []
-        while not (outputs and outputs[-1].finished):
-            outputs += engine.receive(1)
-    assert [output.num_output_tokens for output in outputs] == list(range(1, 31))
-    messages = [len(message.request_ids) + len(message.whole) for ((message,), _) in unpack.call_args_list]
-    assert messages[0] == 1
-    assert max(messages) == longest
+    engine.submit("a", "the quick brown fox", SamplingParams(max_tokens=30, temperature=0, ignore_eos=True))
+    outputs: list[RequestOutput] = []
+    while not (outputs and outputs[-1].finished):
+        outputs += engine.receive(1)
+    tokens = [len(output.token_ids) for output in outputs]
+    assert [output.num_output_tokens for output in outputs] == list(itertools.accumulate(tokens))
+    assert (tokens[0], max(tokens), sum(tokens)) == (1, most, 30)
     engine.close()
 
 
@@ -454,16 +459,15 @@ def test_packing(data: st.DataObject) -> None:
     assert got.keys() == sent.keys()
     for key, ours in sent.items():
         theirs = got[key]
-        if interval == 1:
-            assert list(map(str, ours)) == list(map(str, theirs))
-            continue
         (our_text, our_tokens), (text, tokens) = map(_joined, (ours, theirs))
         assert theirs[0].token_ids == ours[0].token_ids
         assert our_tokens[: len(tokens)] == tokens
         assert our_text.startswith(text)
-        if ours[-1].finished:
+        assert theirs[-1].num_output_tokens == len(tokens)
+        if interval == 1 or ours[-1].finished:
             assert (our_text, our_tokens) == (text, tokens)
-            assert theirs[-1].num_output_tokens == len(tokens)
+            ends = (dataclasses.replace(outputs[-1], text="", token_ids=[]) for outputs in (ours, theirs))
+            assert str(next(ends)) == str(next(ends))
 
 
 def _joined(outputs: list[RequestOutput]) -> tuple[str, list[int]]:

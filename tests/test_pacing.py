@@ -31,7 +31,7 @@ def test_everything_comes_in_order_and_in_time(data: st.DataObject) -> None:
     made, came = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list)
     waits_since: dict[str, float] = {}
     for _ in range(data.draw(st.integers(1, 12))):
-        now += data.draw(st.sampled_from([0.001, 0.02, 0.3]))
+        now += data.draw(st.sampled_from([0.001, 0.02, 0.6]))
         if data.draw(st.booleans()):
             live[f"request {number}"] = 0
             number += 1
@@ -55,7 +55,7 @@ def test_everything_comes_in_order_and_in_time(data: st.DataObject) -> None:
             if one.finished or one.num_output_tokens == 1:
                 assert came[one.request_id] == made[one.request_id]
         assert all(came[name] == made[name][: len(came[name])] for name in made)
-        assert all(now - since < 0.5 for since in waits_since.values())
+        assert all(now - since < 1 for since in waits_since.values())
 
 
 def test_the_more_wait_the_longer() -> None:
@@ -73,7 +73,7 @@ def test_the_more_wait_the_longer() -> None:
         128: (16, 0.05, 2),
         32: (16, 0.05, 8),
         64: (16, 0.1, 2),
-        500: (256, 0.05, 2),
+        1000: (256, 0.05, 2),
     }.items():
         assert pause(*arguments) == pytest.approx(milliseconds, abs=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import multiprocessing.synchronize
 import random
@@ -73,16 +74,13 @@ class Point:
     inter_token_p50_ms: float
     """Over the streams, of each one's mean after its first response."""
     tokens_per_response: float
-
-    @property
-    def share(self) -> float:
-        """The part of the engine's throughput that reaches the clients."""
-        return self.tokens_per_second / self.engine_tokens_per_second
+    share: float
+    """The part of the engine's throughput that reaches the clients: the median of the runs', each beside the engine's
+    runs before and after it. A machine that others use, too, is faster in one minute than in the next."""
 
     def document(self) -> dict[str, float]:
         """What goes into the JSON file."""
-        rounded = {name: round(value, 4) for name, value in asdict(self).items()}
-        return rounded | {"share": round(self.share, 4)}
+        return {name: round(value, 4) for name, value in asdict(self).items()}
 
 
 @contextlib.contextmanager
@@ -181,7 +179,7 @@ def measure(
             for count in streams:
                 report(f"engine alone: {count} at once")
                 rates[count] += [_rate(alone, timed) for timed in workloads[count]]
-    return [_point(*served[count], statistics.median(rates[count][1:])) for count in streams]
+    return [_point(*served[count], rates[count]) for count in streams]
 
 
 def _rate(engine: OurEngine, workload: Workload) -> float:
@@ -242,9 +240,12 @@ def _totals(server: TritonServer, requests: int) -> Totals:
     raise ServerError(f"the metrics tell of {totals.values['prefill_seconds_count']:.0f} of {requests} requests")
 
 
-def _point(runs: list[list[Timing]], told: Totals, engine_rate: float) -> Point:
+def _point(runs: list[list[Timing]], told: Totals, engine_rates: list[float]) -> Point:
+    """`engine_rates` has one before all `runs` and one after each."""
     import numpy as np
 
+    beside = [statistics.mean(both) for both in itertools.pairwise(engine_rates)]
+    shares = [sum(one.tokens for one in run) / _seconds(run) / rate for run, rate in zip(runs, beside, strict=True)]
     timings = sorted(runs, key=_seconds)[len(runs) // 2]
     seconds, tokens = _seconds(timings), sum(timing.tokens for timing in timings)
     ttft_p50, ttft_p99 = np.percentile([timing.first - timing.sent for timing in timings], [50, 99])
@@ -254,13 +255,14 @@ def _point(runs: list[list[Timing]], told: Totals, engine_rate: float) -> Point:
         streams=len(timings),
         seconds=seconds,
         tokens_per_second=tokens / seconds,
-        engine_tokens_per_second=engine_rate,
+        engine_tokens_per_second=statistics.median(engine_rates[1:]),
         ttft_p50_ms=float(ttft_p50) * 1e3,
         ttft_p99_ms=float(ttft_p99) * 1e3,
         queue_ms=queue * 1e3,
         prefill_ms=prefill * 1e3,
         inter_token_p50_ms=float(between) * 1e3,
         tokens_per_response=tokens / sum(timing.responses for timing in timings),
+        share=statistics.median(shares),
     )
 
 

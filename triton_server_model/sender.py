@@ -24,10 +24,12 @@ logger = logging.getLogger(__name__)
 _PAUSE_SECONDS = 0.001
 """After each round of responses: without any pause they overrun the server's HTTP front end."""
 _POLL_SECONDS = 0.025
-_POLLS = 64
-"""Requests asked about each time at most: `is_cancelled` is a call to another process, of 10 us if cores are free."""
-_POLL_CORE_SECONDS = 0.03
-"""For each of them, of the time of all cores: where none is free, asking takes the engine much longer than 10 us."""
+"""At least, between two times that some requests are asked about."""
+_POLL_CORE_SECONDS = 0.1
+"""For each of them, of the time of all cores: `is_cancelled` is a call to another process, of 10 us if cores are free,
+but where none is, asking takes the engine much longer."""
+_POLLS = 4 * num_cores()
+"""Requests asked about each time at most."""
 _IDLE_SECONDS = 0.1
 
 
@@ -44,6 +46,8 @@ class Sender:
         self._names = itertools.count()
         self._replies: dict[str, Reply] = {}
         self._next_poll, self._polled = 0.0, 0
+        self._cancelled: set[str] = set()
+        """Those that the engine was told about, and that have not ended."""
         self._thread = threading.Thread(target=self._run, name="paged-sender", daemon=True)
         self._thread.start()
 
@@ -75,12 +79,13 @@ class Sender:
 
     def _round(self) -> None:
         pending: dict[str, list[RequestOutput]] = {}
-        for output in self._engine.receive(_POLL_SECONDS if self._replies else _IDLE_SECONDS):
+        wait = min(max(0.0, self._next_poll - time.monotonic()), _IDLE_SECONDS) if self._replies else _IDLE_SECONDS
+        for output in self._engine.receive(wait):
             pending.setdefault(output.request_id, []).append(output)
         for request_id, outputs in pending.items():
             self._answer(request_id, outputs)
         if (now := time.monotonic()) >= self._next_poll:
-            self._next_poll = now + max(_POLL_SECONDS, self._poll() * _POLL_CORE_SECONDS / num_cores())
+            self._next_poll = now + self._poll()
         if pending:
             time.sleep(_PAUSE_SECONDS)
 
@@ -90,6 +95,7 @@ class Sender:
             return  # it has been failed
         if last.finished:
             del self._replies[request_id]
+            self._cancelled.discard(request_id)
         try:
             reply.add(outputs)
             if not (reply.open or last.finished):  # one of several outputs has failed
@@ -101,12 +107,16 @@ class Sender:
             with contextlib.suppress(Exception):
                 reply.fail(error)
 
-    def _poll(self) -> int:
-        """Ask about the next requests, and after the last of them about the first again; returns how many that were."""
-        waiting = [(request_id, reply) for request_id, reply in tuple(self._replies.items()) if reply.open]
+    def _poll(self) -> float:
+        """Ask about the next requests, and after the last of them about the first again; returns when to go on.
+
+        That is at once if one was cancelled: a client that goes away may leave many.
+        """
+        replies = tuple(self._replies.items())
+        waiting = [(one, reply) for one, reply in replies if reply.open and one not in self._cancelled]
         begin = self._polled if self._polled < len(waiting) else 0
         self._polled = begin + _POLLS
-        asked = waiting[begin : self._polled]
+        asked, before = waiting[begin : self._polled], len(self._cancelled)
         for request_id, reply in asked:
             try:
                 cancelled = reply.responses.is_cancelled()
@@ -114,5 +124,8 @@ class Sender:
                 logger.exception("%s cannot be asked about; it is aborted", request_id)
                 cancelled = True
             if cancelled:
+                self._cancelled.add(request_id)
                 self._engine.abort(request_id)  # its last output, "abort", ends the reply
-        return len(asked)
+        if len(self._cancelled) > before:
+            return 0.0
+        return max(_POLL_SECONDS, len(asked) * _POLL_CORE_SECONDS / num_cores())

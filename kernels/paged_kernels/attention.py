@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paged_kernels.memory import zeros
+
 T = TypeVar("T")
 
 _GATHER_BYTES = 1 << 28  # of K and V gathered at once
-_CACHE_LINE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ class ReferenceAttention:
     ) -> LayerCache:
         """See `AttentionBackend.allocate`."""
         shape = (num_blocks + 1, block_size, spec.num_kv_heads)
-        return LayerCache(*(_zeros((*shape, dim), dtype, device) for dim in (spec.key_dim, spec.value_dim)))
+        return LayerCache(*(zeros((*shape, dim), dtype, device) for dim in (spec.key_dim, spec.value_dim)))
 
     def forward(
         self,
@@ -210,18 +211,6 @@ class ReferenceAttention:
             mask = batch.derive(("chunk", row, spec.window, spec.chunk), make_mask)
             out = _attend(spec, query, key, value, mask, None if sinks is None else sinks.view(1, -1, 1, 1))
         return out.squeeze(0).transpose(0, 1)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on a CPU, in whole cache lines, whose memory the system provides only when it is first written."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    import numpy as np
-
-    nbytes = torch.Size(shape).numel() * dtype.itemsize
-    memory = np.zeros(nbytes + _CACHE_LINE, dtype=np.uint8)
-    start = -memory.ctypes.data % _CACHE_LINE
-    return torch.from_numpy(memory[start : start + nbytes]).view(dtype).view(shape)
 
 
 def _visible(spec: LayerSpec, query_at: Tensor, key_at: Tensor) -> Tensor:

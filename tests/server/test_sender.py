@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import sys
-import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.error: Exception | None = None
-        self.aborted = threading.Event()
+        self.aborted: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._refused: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
 
     def submit(self, request_id: str, prompt: str, params: None, options: None) -> None:
@@ -34,7 +33,7 @@ class FakeEngine:
         return [self._refused.get() for _ in range(self._refused.qsize())]
 
     def abort(self, request_id: str) -> None:
-        self.aborted.set()
+        self.aborted.put(request_id)
 
 
 class FakeReply:
@@ -46,21 +45,41 @@ class FakeReply:
         self.open = False
 
 
-def test_a_cancellation_is_seen_after_many_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 are asked about at once, each so often: with 5,000 that were refused among them, it would take a minute."""
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", SimpleNamespace())
-    from triton_server_model.sender import Sender
+    from triton_server_model import sender
 
-    engine: Any = FakeEngine()
-    sender = Sender(engine, lambda: None)
-    replies: list[Any] = [FakeReply() for _ in range(5000)]
+    return sender
+
+
+def test_a_cancellation_is_seen_after_many_refusals(module: Any) -> None:
+    """Some are asked about at once, each so often: with 5,000 that were refused among them, it would take minutes."""
+    engine = FakeEngine()
+    sender = module.Sender(engine, lambda: None)
+    replies = [FakeReply() for _ in range(5000)]
     for reply in replies:
         sender.submit(reply, "refuse", None, None)
-    running: Any = [FakeReply() for _ in range(65)]
+    running = [FakeReply() for _ in range(65)]
     for reply in running:
         sender.submit(reply, "run", None, None)
     running[-1].cancelled = True
-    assert engine.aborted.wait(10)
+    assert engine.aborted.get(timeout=30) == "request-5064"
     assert not any(reply.open for reply in replies)
     engine.error = EngineDead("")
     sender.join()
+
+
+def test_many_that_are_cancelled_together(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once one is found, the others are not waited for; and the engine is told once about each."""
+    monkeypatch.setattr(module, "_POLL_CORE_SECONDS", 1000)
+    engine = FakeEngine()
+    sender = module.Sender(engine, lambda: None)
+    for _ in range(1000):
+        reply = FakeReply()
+        reply.cancelled = True
+        sender.submit(reply, "run", None, None)
+    assert {engine.aborted.get(timeout=30) for _ in range(1000)} == {f"request-{number}" for number in range(1000)}
+    engine.error = EngineDead("")
+    sender.join()
+    assert engine.aborted.empty()

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paged_kernels.attention import AttentionBatch, LayerCache, LayerSpec, ReferenceAttention, _zeros
+from paged_kernels.attention import AttentionBatch, LayerCache, LayerSpec, ReferenceAttention
 from paged_kernels.cpu import library
 from paged_kernels.cpu.structures import Attention, Batch
+from paged_kernels.memory import zeros
 from paged_kernels.rope import Rope
 
 
@@ -42,8 +43,8 @@ class CpuAttention:
             return self._reference.allocate(spec, num_blocks, block_size, dtype, device)
         pack, heads = 4 // dtype.itemsize, (num_blocks + 1, spec.num_kv_heads)
         return LayerCache(
-            _zeros((*heads, spec.key_dim // pack, block_size, pack), dtype, device),
-            _zeros((*heads, block_size // pack, spec.value_dim, pack), dtype, device),
+            zeros((*heads, spec.key_dim // pack, block_size, pack), dtype, device),
+            zeros((*heads, block_size // pack, spec.value_dim, pack), dtype, device),
         )
 
     def _supports(self, spec: LayerSpec, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:

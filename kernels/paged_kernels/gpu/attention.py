@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paged_kernels.attention import AttentionBatch, LayerCache, LayerSpec, ReferenceAttention, _zeros
+from paged_kernels.attention import AttentionBatch, LayerCache, LayerSpec, ReferenceAttention
 from paged_kernels.gpu.decode_attention import DecodeRows, decode_attention, plan_work, tile_of
 from paged_kernels.gpu.prefill_attention import ROWS, PrefillRows, plan_tiles, prefill_attention
+from paged_kernels.memory import zeros
 
 
 class TritonAttention:
@@ -42,7 +43,7 @@ class TritonAttention:
         if not supports(spec):
             return self._reference.allocate(spec, num_blocks, block_size, dtype, device)
         shape = (num_blocks + 1, spec.num_kv_heads, block_size, spec.key_dim)
-        return LayerCache(_zeros(shape, dtype, device), _zeros(shape, dtype, device))
+        return LayerCache(zeros(shape, dtype, device), zeros(shape, dtype, device))
 
     def forward(
         self,
