@@ -230,7 +230,7 @@ def measure_cancel(config: EngineConfig, vocab_size: int, repeat: int) -> list[f
 
 
 def _totals(server: TritonServer, requests: int) -> Totals:
-    """The server's metrics once they tell of so many requests: they are brought up to date twice a second."""
+    """The server's metrics once they tell of so many requests: they are brought up to date once a second."""
     deadline = time.monotonic() + _METRICS_SECONDS
     while time.monotonic() < deadline:
         (totals,) = parse(httpx.get(f"http://{server.address('metrics')}/metrics", trust_env=False).text).values()

@@ -18,11 +18,11 @@ from triton_server_model.metric_families import PER_TOKEN, distributions, observ
 
 logger = logging.getLogger(__name__)
 
-_PERIOD_SECONDS = 0.5
+_PERIOD_SECONDS = 1.0
 
 
 class MetricsMirror:
-    """Copies the metrics that `collect` gives, with `labels` added, to Triton's custom metrics, twice a second.
+    """Copies the metrics that `collect` gives, with `labels` added, to Triton's custom metrics, once a second.
 
     Triton has no way to set a histogram: it is brought up to date by observations that have the same effect. Those with
     an observation for every token would take too many, and become the counters `_bucket`, `_sum` and `_count` instead.
@@ -63,7 +63,7 @@ class MetricsMirror:
                         self._copy(family)
                 failed = False
             except Exception:
-                if not failed:  # once, not twice a second
+                if not failed:  # once, not every second
                     logger.exception("metrics could not be copied; trying again")
                 failed = True
             self._closed.wait(_PERIOD_SECONDS)
