@@ -47,8 +47,6 @@ _LOOK_SECONDS = 0.25
 _SWITCH_SECONDS = 0.0005
 """How long one thread may keep the interpreter when another wants it. Each request that is taken in wants it a few
 times, and Python's 5 ms add up where hundreds arrive while the engine is busy; nor is the engine to wait for them."""
-_REST_SECONDS = 0.0002
-"""On a CPU, after outputs are handed out: who sends them finds a core, and need not interrupt the next step."""
 
 
 class Worker:
@@ -130,8 +128,6 @@ class Worker:
                 outputs = pace.next(outputs)
             if outputs:
                 self._outbox.put(outputs)
-                if pace is not None:
-                    time.sleep(_REST_SECONDS)
         if not closing:
             self._collect()
             self._outbox.put(_dead(engine.error))
