@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 from paged_backend.request import RequestOutput
 
-_RESPONSE_SECONDS = 0.0008
-"""Of one core, about, that a response takes from the engine: 0.3 ms of server, backend and client, for which the
-engine's threads wait for each other (docs/performance.md)."""
+_ROUND_SECONDS = 0.001
+"""Of one core, about, that it takes from the engine to send something: threads of four processes wake up ..."""
+_RESPONSE_SECONDS = 0.0007
+"""... and that each response takes: 0.3 ms of server, backend and client, for which the engine's threads wait for each
+other (docs/performance.md)."""
 _LONGEST_SECONDS = 1.0
 
 
@@ -27,7 +29,7 @@ class Pace:
 
     def __init__(self, share: float) -> None:
         """`share` of the cores' time is for responses; with 1, nothing waits."""
-        self._seconds = _RESPONSE_SECONDS / share / num_cores() if share < 1 else 0.0
+        self._factor = 1 / share / num_cores() if share < 1 else 0.0
         self._held: dict[str, list[RequestOutput]] = {}
         """Of all requests that have begun and not ended."""
         self._due = 0.0
@@ -50,5 +52,7 @@ class Pace:
             for held in waiting:
                 sent += held
                 held.clear()
-            self._due = now + min(len(waiting) * self._seconds, _LONGEST_SECONDS)
+            if waiting:
+                seconds = _ROUND_SECONDS + len(waiting) * _RESPONSE_SECONDS
+                self._due = now + min(seconds * self._factor, _LONGEST_SECONDS)
         return sent

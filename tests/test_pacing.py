@@ -69,10 +69,10 @@ def test_the_more_wait_the_longer() -> None:
         return statistics.median(later - earlier for earlier, later in itertools.pairwise(came))
 
     for milliseconds, arguments in {
-        8: (1, 0.05, 2),
-        128: (16, 0.05, 2),
-        32: (16, 0.05, 8),
-        64: (16, 0.1, 2),
+        17: (1, 0.05, 2),
+        122: (16, 0.05, 2),
+        31: (16, 0.05, 8),
+        61: (16, 0.1, 2),
         1000: (256, 0.05, 2),
     }.items():
         assert pause(*arguments) == pytest.approx(milliseconds, abs=1)
