@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from triton_server_model.launcher import MODEL_NAME, TritonServer
 
 ENGINE = {"dtype": "float32", "device": "cpu", "max_num_seqs": 16, "max_waiting": 64, "num_blocks": 512}
-ENGINE |= {"scheduling_policy": "priority"}
+ENGINE |= {"scheduling_policy": "priority", "stream_share": 0.5}  # so that few tokens come in several responses
 CONTEXT = 512
 
 

@@ -525,7 +525,7 @@ def test_serve(tiny_llama_dir: Path, tmp_path: Path) -> None:
     assert json.loads(answer.stdout)["object"] == "chat.completion"
 
     with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret") as api:
-        some = LONG | {"max_tokens": 100}  # far less than the front waits for, on any machine
+        some = LONG | {"max_tokens": 400}  # far less than the front waits for, on any machine
         chunks = iter(api.completions.create(model=MODEL_NAME, prompt="the fox", stream=True, **some))
         first = next(chunks)
         cli.process.send_signal(signal.SIGTERM)
