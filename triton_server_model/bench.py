@@ -76,7 +76,8 @@ class Point:
     tokens_per_response: float
     share: float
     """The part of the engine's throughput that reaches the clients: the median of the runs', each beside the engine's
-    runs before and after it. A machine that others use, too, is faster in one minute than in the next."""
+    runs before and after it, where they are in turns. A machine that others use, too, is faster in one minute than in
+    the next."""
 
     def document(self) -> dict[str, float]:
         """What goes into the JSON file."""
@@ -241,7 +242,7 @@ def _totals(server: TritonServer, requests: int) -> Totals:
 
 
 def _point(runs: list[list[Timing]], told: Totals, engine_rates: list[float]) -> Point:
-    """`engine_rates` has one before all `runs` and one after each."""
+    """`engine_rates` has one before all `runs` and one after each; on a GPU, they were all measured later."""
     import numpy as np
 
     beside = [statistics.mean(both) for both in itertools.pairwise(engine_rates)]

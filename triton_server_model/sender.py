@@ -108,9 +108,9 @@ class Sender:
                 reply.fail(error)
 
     def _poll(self) -> float:
-        """Ask about the next requests, and after the last of them about the first again; returns when to go on.
+        """Ask about the next requests, and after the last of them about the first again; returns the seconds until more.
 
-        That is at once if one was cancelled: a client that goes away may leave many.
+        These are none if one was cancelled: a client that goes away may leave many.
         """
         replies = tuple(self._replies.items())
         waiting = [(one, reply) for one, reply in replies if reply.open and one not in self._cancelled]
@@ -126,6 +126,7 @@ class Sender:
             if cancelled:
                 self._cancelled.add(request_id)
                 self._engine.abort(request_id)  # its last output, "abort", ends the reply
-        if len(self._cancelled) > before:
+        if found := len(self._cancelled) - before:
+            self._polled -= found  # they wait no more
             return 0.0
         return max(_POLL_SECONDS, len(asked) * _POLL_CORE_SECONDS / num_cores())

@@ -12,8 +12,8 @@ from torch import Tensor
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros; on a CPU, memory that the system provides only when it is first written, in huge pages where it has them.
 
-    Of pages of 4 KB, every block that is used for the first time costs tens of faults a layer, and each later visit a
-    walk through the page tables, since the blocks of a batch are far more pages than a core remembers.
+    In pages of 4 KB, a block costs faults in every layer when it is first used, and each visit walks through the page
+    tables, since the blocks of a batch are far more pages than a core remembers.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
