@@ -108,7 +108,7 @@ class Sender:
                 reply.fail(error)
 
     def _poll(self) -> float:
-        """Ask about the next requests, and after the last of them about the first again; returns the seconds until more.
+        """Ask about the next requests, and after the last of them about the first again; returns seconds until more.
 
         These are none if one was cancelled: a client that goes away may leave many.
         """
