@@ -27,11 +27,13 @@ import psutil
 from paged_backend.engine_messages import Abort, Collect, Families, Loaded, Packer, Submit, portable
 from paged_backend.errors import EngineDead, Overloaded, PagedBackendError
 from paged_backend.outputs import failed
-from paged_backend.pacing import Pace
+from paged_backend.pacing import Pace, let_compute
 from paged_backend.request import RequestOutput, SamplingParams
 from paged_backend.structured_outputs import StructuredOutputs
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from paged_backend.config import EngineConfig
     from paged_backend.engine import Engine
     from paged_backend.request import Request
@@ -47,6 +49,11 @@ _LOOK_SECONDS = 0.25
 _SWITCH_SECONDS = 0.0005
 """How long one thread may keep the interpreter when another wants it. Each request that is taken in wants it a few
 times, and Python's 5 ms add up where hundreds arrive while the engine is busy; nor is the engine to wait for them."""
+_QUIET_SECONDS = 0.002
+"""For which no request has come: then an idle engine on a CPU begins with those that are there. Many that are sent at
+once come 0.3 ms apart; a step for the first alone would take longer than to take all of them in, and delay it."""
+_GATHER_SECONDS = 0.1
+"""For which it waits at most."""
 
 
 class Worker:
@@ -55,9 +62,12 @@ class Worker:
     One more takes in the requests with grammars, since a bad one can take seconds to compile.
     """
 
-    def __init__(self, owner: Connection, step_began: memoryview[float]) -> None:
-        """`step_began[0]` is set to the `time.monotonic()` of each step, and to 0 after it."""
-        self._owner, self._step_began = owner, step_began
+    def __init__(self, owner: Connection, step_began: memoryview[float], servers: Sequence[int]) -> None:
+        """`step_began[0]` is set to the `time.monotonic()` of each step, and to 0 after it.
+
+        `servers` are the processes that are to leave the cores to an engine that computes on them.
+        """
+        self._owner, self._step_began, self._servers = owner, step_began, servers
         self._engine: Engine
         self._submitted: list[Request] = []
         self._aborted: list[str] = []
@@ -104,11 +114,17 @@ class Worker:
             logging.getLogger(name).setLevel(logging.INFO)
 
     def _serve(self, engine: Engine) -> None:
-        pace = Pace(engine.config.stream_share) if engine.model.device.type == "cpu" else None
+        shares_cores = engine.model.device.type == "cpu"
+        pace = Pace(engine.config.stream_share) if shares_cores else None
+        if shares_cores and engine.config.stream_share < 1:
+            for process in self._servers:
+                let_compute(process)
         while engine.error is None:
             with self._state:
                 while not (self._submitted or self._aborted or self._closing or engine.has_work):
                     self._state.wait()
+                if shares_cores and not engine.has_work:
+                    self._gather()
                 for request in self._submitted:
                     engine.enqueue(request)
                 for request_id in self._aborted:
@@ -131,6 +147,13 @@ class Worker:
         if not closing:
             self._collect()
             self._outbox.put(_dead(engine.error))
+
+    def _gather(self) -> None:
+        """Wait for more requests, as long as they come right after each other."""
+        end, before = time.monotonic() + _GATHER_SECONDS, 0
+        while before < len(self._submitted) and (left := end - time.monotonic()) > 0:
+            before = len(self._submitted)
+            self._state.wait(min(_QUIET_SECONDS, left))
 
     def _read(self) -> None:
         try:
@@ -251,13 +274,16 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.setswitchinterval(_SWITCH_SECONDS)
+    with contextlib.suppress(OSError, AttributeError):
+        if os.sched_getscheduler(0) == os.SCHED_BATCH:  # another engine has set it for our owner, it is not for us
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     pipe, shared, *processes = map(int, sys.argv[1:])
     threading.Thread(target=_watch, args=processes, name="paged-watch", daemon=True).start()
     owner = Connection(pipe)
     os.set_inheritable(owner.fileno(), False)  # or a process started here would keep the pipe open
     step_began = memoryview(mmap.mmap(shared, 8)).cast("d")
     os.close(shared)
-    Worker(owner, step_began).run(owner.recv())
+    Worker(owner, step_began, [process for process in processes if process]).run(owner.recv())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # a broken device can hang the interpreter's own way out

@@ -1,7 +1,8 @@
-"""How often an engine hands out tokens, where the same cores compute them and send them."""
+"""How an engine shares cores with those who send its tokens, where the same compute and send them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -19,6 +20,18 @@ _LONGEST_SECONDS = 1.0
 def num_cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def let_compute(process: int) -> None:
+    """Have a process's threads, and those they will start, not take a core from one that computes when they wake up.
+
+    An engine's threads wait for the one that has lost its core. Under SCHED_BATCH (sched(7)) a thread waits for the end
+    of the other's turn, some milliseconds at most; all still get equal shares. Nothing happens where it cannot be set.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # it has ended, is another user's, or this is not Linux
+        for thread in os.listdir(f"/proc/{process}/task"):
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setscheduler(int(thread), os.SCHED_BATCH, os.sched_param(0))
 
 
 class Pace:

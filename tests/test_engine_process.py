@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -34,10 +35,12 @@ from paged_backend import (
     RequestOptions,
     RequestOutput,
     SamplingParams,
+    engine_worker,
 )
 from paged_backend import engine_process as module
 from paged_backend.engine_messages import Packer, Unpacker
 from paged_backend.engine_process import EngineProcess
+from paged_backend.engine_worker import Worker
 from tests import trouble
 
 CONFIG = {
@@ -383,7 +386,7 @@ def test_what_hinders_the_start_is_raised(tiny_llama_dir: Path, tmp_path: Path, 
 
 def test_threads_that_wait_do_not_spin_for_long(engine: EngineProcess) -> None:
     variables = Path(f"/proc/{engine.process.pid}/environ").read_bytes().split(b"\0")
-    assert b"GOMP_SPINCOUNT=2000" in variables
+    assert b"GOMP_SPINCOUNT=10000" in variables
 
 
 def test_tokens_in_pieces(engine: EngineProcess, tiny_llama_dir: Path) -> None:
@@ -415,6 +418,63 @@ def test_tokens_wait_for_each_other(tiny_llama_dir: Path, share: float, most: in
     assert [output.num_output_tokens for output in outputs] == list(itertools.accumulate(tokens))
     assert (tokens[0], max(tokens), sum(tokens)) == (1, most, 30)
     engine.close()
+    for thread in threading.enumerate():  # other tests are no servers
+        os.sched_setscheduler(thread.native_id or 0, os.SCHED_OTHER, os.sched_param(0))
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="the system has no such policy")
+@pytest.mark.parametrize(("share", "policy"), [(0.5, "SCHED_BATCH"), (1, "SCHED_OTHER")])
+def test_the_owner_leaves_cores_to_the_engine(tiny_llama_dir: Path, share: float, policy: str) -> None:
+    """And an engine that an owner under that policy starts takes them."""
+    program = f"""
+import os, threading
+from paged_backend.config import EngineConfig
+from paged_backend.engine_process import EngineProcess
+end = threading.Event()
+other = threading.Thread(target=end.wait)
+other.start()
+for _ in range(2):
+    engine = EngineProcess(EngineConfig(**{CONFIG | {"stream_share": share, "model": str(tiny_llama_dir)}}))
+    engine.submit("a", "the quick brown fox")
+    while not any(output.finished for output in engine.receive(1)):
+        pass
+    threads = 0, other.native_id, engine.process.pid
+    print(*(os.sched_getscheduler(thread) for thread in threads))
+    engine.close()
+end.set()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    wanted = getattr(os, policy)
+    assert done.stdout.split("\n") == [*2 * [f"{wanted} {wanted} {os.SCHED_OTHER}"], ""]
+
+
+@pytest.mark.parametrize(("quiet", "longest"), [(0.3, 60), (60, 0.3)])
+def test_an_idle_engine_waits_for_requests_that_come_together(
+    monkeypatch: pytest.MonkeyPatch, quiet: float, longest: float
+) -> None:
+    """Until none comes, or for some time."""
+    monkeypatch.setattr(engine_worker, "_QUIET_SECONDS", quiet)
+    monkeypatch.setattr(engine_worker, "_GATHER_SECONDS", longest)
+    worker = Worker(mock.Mock(), mock.Mock(), [])
+    state, submitted = worker._state, worker._submitted
+    with state:
+        worker._gather()  # for nobody
+        submitted.append(mock.Mock())
+
+        def send() -> None:
+            for _ in range(3):
+                time.sleep(0.01)
+                with state:
+                    submitted.append(mock.Mock())
+                    state.notify()
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        began = time.monotonic()
+        worker._gather()
+        assert 0.3 <= time.monotonic() - began < 30
+    sender.join()
+    assert len(submitted) == 4
 
 
 @given(st.data())

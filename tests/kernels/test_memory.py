@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from paged_kernels.memory import zeros
+from paged_kernels.memory import Arena, zeros
 
 SIZE = 1 << 30
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -39,6 +39,26 @@ def test_pages_are_huge() -> None:
     made = zeros((SIZE,), torch.uint8, torch.device("cpu"))
     made[: SIZE // 8] = 1
     assert _huge_bytes() - before > SIZE / 8 / 2
+
+
+def test_copies_share_a_region() -> None:
+    arena, made = Arena(), []
+    for number, dtype in enumerate(20 * [torch.float32, torch.bfloat16, torch.int8]):
+        wanted = torch.randint(-100, 100, (number, 37, 3)).to(dtype)
+        copied = arena.copy(wanted.transpose(0, 1))
+        assert copied.is_contiguous()
+        assert copied.data_ptr() % 64 == 0 or not number
+        made.append((copied, wanted.transpose(0, 1)))
+    places = sorted(copied.data_ptr() for copied, _ in made if copied.numel())
+    assert places[-1] - places[0] < 1 << 20
+    assert all(torch.equal(copied, wanted) and copied.dtype == wanted.dtype for copied, wanted in made)
+
+
+def test_what_fits_no_region_has_one_of_its_own() -> None:
+    arena = Arena()
+    small, large = arena.copy(torch.ones(3)), arena.copy(torch.arange(70 << 20, dtype=torch.uint8))
+    assert torch.equal(small, torch.ones(3))
+    assert torch.equal(large, torch.arange(70 << 20, dtype=torch.uint8))
 
 
 def _huge_bytes() -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from paged_kernels.cpu import int8, linear, structures
 from paged_kernels.cpu.call import call
+from paged_kernels.memory import Arena
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _FEW = 32  # rows that packing is made for; more use the same packed weights
@@ -26,6 +27,7 @@ class Linears:
         self.own = False
         """There is no other way to compute one row."""
         self.quantized, self._in_panels = False, linear.is_fastest()
+        self._arena = Arena()
         self._packed: dict[int, Tensor] = {}
         """By address of the weight."""
         self._integers: dict[int, int8.Weight] = {}
@@ -51,7 +53,7 @@ class Linears:
         packed = self._packed.get(weight.data_ptr())
         if packed is None:
             if self.is_in_panels(weight):
-                packed = linear.pack(weight)
+                packed = self._arena.copy(linear.pack(weight))
             else:
                 packed = torch.ops.mkldnn._reorder_linear_weight(weight, _FEW)
             self._packed[weight.data_ptr()] = packed
@@ -60,7 +62,8 @@ class Linears:
     def _integers_of(self, weight: Tensor) -> int8.Weight:
         integers = self._integers.get(weight.data_ptr())
         if integers is None:
-            integers = self._integers[weight.data_ptr()] = int8.pack(*int8.quantize(weight))
+            integers = int8.pack(*int8.quantize(weight))
+            integers = self._integers[weight.data_ptr()] = integers._replace(packed=self._arena.copy(integers.packed))
         return integers
 
     def structure(self, weight: Tensor, bias: Tensor | None) -> structures.Linear:
@@ -84,6 +87,7 @@ class Linears:
         self.version += 1
         self._packed.clear()
         self._integers.clear()
+        self._arena = Arena()
 
     def gate_up(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Literal["silu", "gelu_tanh", "gelu"]
