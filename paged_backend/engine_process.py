@@ -38,11 +38,11 @@ _CLOSE_SECONDS = 15
 _EXIT_SECONDS = 5
 """Between the end of the pipe and that of the process."""
 _COLLECT_SECONDS = 5
-_SPIN = {"GOMP_SPINCOUNT": "10000"}
+_SPIN = {"GOMP_SPINCOUNT": "20000"}
 """Rounds of 20 to 60 ns for which OpenMP's threads wait for each other before they sleep, unless our environment says.
 The default is 300,000, for which a thread that is done keeps the core that the one it waits for may need: beside busy
-processes a step then takes two to ten times as long. On cores of its own an engine loses 2 % by 2,000, and 1 % at most
-by so many."""
+processes a step then takes two to ten times as long. On cores of its own an engine loses 2 % by 2,000, and nothing by
+so many (docs/performance.md)."""
 _LOAD = {
     f"paged_backend_{name}" for name in ("requests_running", "requests_waiting", "kv_blocks_used", "kv_blocks_cached")
 }

@@ -297,7 +297,7 @@ def worker(make: MakeEngine) -> Iterator[Worker]:
     Slow.go_on.clear()
     Slow.compiled.clear()
     theirs, ours = multiprocessing.Pipe()
-    worker = Worker(theirs, memoryview(bytearray(8)).cast("d"))
+    worker = Worker(theirs, memoryview(bytearray(8)).cast("d"), [])
     worker._engine = make((Slow,), max_waiting=3)
     threading.Thread(target=worker._compile, daemon=True).start()
     worker._obey(submit("slow", grammar="slow"))
