@@ -422,7 +422,6 @@ def test_tokens_wait_for_each_other(tiny_llama_dir: Path, share: float, most: in
         os.sched_setscheduler(thread.native_id or 0, os.SCHED_OTHER, os.sched_param(0))
 
 
-@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="the system has no such policy")
 @pytest.mark.parametrize(("share", "policy"), [(0.5, "SCHED_BATCH"), (1, "SCHED_OTHER")])
 def test_the_owner_leaves_cores_to_the_engine(tiny_llama_dir: Path, share: float, policy: str) -> None:
     """And an engine that an owner under that policy starts takes them."""

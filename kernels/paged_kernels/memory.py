@@ -8,7 +8,7 @@ import mmap
 import torch
 from torch import Tensor
 
-_REGION = 64 << 20
+_REGION = 64 << 20  # bytes, at least, that are asked of the system at once
 _ALIGNMENT = 64
 
 
