@@ -80,7 +80,8 @@ class EngineConfig(CheckedModel):
     after the first, which comes alone. More mean fewer messages, which take time from an engine on the same cores."""
     stream_share: float = Field(0.02, gt=0, le=1)
     """About how much of the time of the cores an engine on a CPU that has a process of its own may lose to responses:
-    tokens of a request, after the first, wait for each other to keep to it, up to a second. 1: none waits."""
+    tokens of a request, after the first, wait for each other to keep to it, up to a second, or 16 steps if these take
+    longer. 1: none waits."""
 
     enable_prefix_caching: bool = True
     """Keep blocks of ended requests and share blocks of running ones where prompts begin alike."""

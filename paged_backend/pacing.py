@@ -15,6 +15,7 @@ _RESPONSE_SECONDS = 0.0007
 """... and that each response takes: 0.3 ms of server, backend and client, for which the engine's threads wait for each
 other (docs/performance.md)."""
 _LONGEST_SECONDS = 1.0
+_LONGEST_STEPS = 16
 
 
 def num_cores() -> int:
@@ -37,7 +38,7 @@ def let_compute(process: int) -> None:
 class Pace:
     """Keeps outputs back, so that responses take a small part of the cores' time.
 
-    A request's first and last outputs never wait, nor does any longer than a second while the engine steps.
+    A request's first and last outputs never wait, nor does any longer than a second or, if these take longer, 16 steps.
     """
 
     def __init__(self, share: float) -> None:
@@ -45,7 +46,9 @@ class Pace:
         self._factor = 1 / share / num_cores() if share < 1 else 0.0
         self._held: dict[str, list[RequestOutput]] = {}
         """Of all requests that have begun and not ended."""
-        self._due = 0.0
+        self._due = self._latest = 0.0
+        self._steps = 0
+        """Since the last time that those which waited were sent."""
 
     def next(self, outputs: Sequence[RequestOutput]) -> list[RequestOutput]:
         """What to send now that a step has brought these, in order for each request."""
@@ -59,13 +62,15 @@ class Pace:
                 self._held[output.request_id] = []
             if output.finished:
                 del self._held[output.request_id]
+        self._steps += 1
         now = time.monotonic()
-        if now >= self._due:
+        if now >= self._due or (now >= self._latest and self._steps >= _LONGEST_STEPS):
             waiting = [held for held in self._held.values() if held]
             for held in waiting:
                 sent += held
                 held.clear()
             if waiting:
                 seconds = _ROUND_SECONDS + len(waiting) * _RESPONSE_SECONDS
-                self._due = now + min(seconds * self._factor, _LONGEST_SECONDS)
+                self._due, self._latest = now + seconds * self._factor, now + _LONGEST_SECONDS
+                self._steps = 0
         return sent

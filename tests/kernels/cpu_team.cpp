@@ -26,8 +26,10 @@ int main() {
             }
         };
         std::vector<std::thread> threads;
-        for (int rank = 0; rank < size; rank++) threads.emplace_back(work, rank);
+        const int first = round % 2;  // without the first thread, the others do all; it comes when they have gone
+        for (int rank = first; rank < size; rank++) threads.emplace_back(work, rank);
         for (std::thread& thread : threads) thread.join();
+        if (first) work(0);
         std::vector<int64_t> want(done.size(), 1);
         for (int kernel = 0; kernel < kernels; kernel++) {
             int64_t sum = 0;

@@ -1,4 +1,4 @@
-// Threads that run kernels together, one kernel after the other, with nothing but barriers between them.
+// Threads that run kernels together, one kernel after the other, and wait in between for nothing but each other's tasks.
 #pragma once
 
 #include <immintrin.h>
@@ -18,57 +18,51 @@ class Team {
     };
 
 public:
-    // What the threads share.
+    // What the threads share: counts since they began, which never fall, so that one that comes late does no harm.
     class Board {
     public:
-        explicit Board(int threads) : threads(threads), taken(2 * threads) {}
+        explicit Board(int threads) : taken(threads) {}
 
     private:
         friend Team;
-        const int threads;
-        Counter arrived, barriers;
-        std::vector<Counter> taken;  // tasks of each thread, twice: those of one kernel are reset during the next
+        Counter finished;            // tasks
+        std::vector<Counter> taken;  // of each thread's ranges
     };
 
     const int rank, size;
 
-    Team(Board& board, int rank, int size) : rank(rank), size(size), board(board) {}
+    Team(Board& board, int rank, int size) : rank(rank), size(size), board(board), before(size) {}
 
-    // task(i) for every i below `count`, and a barrier. Each thread has a range of its own, and helps others after it:
-    // the operating system may have given the core of one to somebody else.
+    // task(i) for every i below `count`; returns when all are finished. Each thread has a range of its own, and helps
+    // others after it: the operating system may have given the core of one to somebody else. Nobody waits for a thread
+    // that lost its core between two tasks; it comes after, and finds nothing left of these kernels.
     template <class F>
     void share(int64_t count, F&& task) {
-        Counter *taken = &board.taken[kernels % 2 * board.threads], *next = &board.taken[(kernels + 1) % 2 * board.threads];
-        next[rank].value.store(0, std::memory_order_relaxed);
-        kernels++;
+        int64_t done = 0;
         for (int i = 0; i < size; i++) {
-            const int64_t owner = (rank + i) % size, begin = count * owner / size, end = count * (owner + 1) / size;
-            std::atomic<int64_t>& done = taken[owner].value;
-            while (begin + done.load(std::memory_order_relaxed) < end) {
-                const int64_t at = begin + done.fetch_add(1, std::memory_order_relaxed);
-                if (at < end) task(at);
-            }
+            const int64_t owner = (rank + i) % size, begin = count * owner / size, tasks = count * (owner + 1) / size - begin;
+            std::atomic<int64_t>& taken = board.taken[owner].value;
+            int64_t at = taken.load(std::memory_order_relaxed);
+            while (at - before[owner] < tasks)
+                if (taken.compare_exchange_weak(at, at + 1, std::memory_order_relaxed)) {
+                    task(begin + at - before[owner]);
+                    done++;
+                    at++;
+                }
+            before[owner] += tasks;
         }
-        wait();
+        all += count;
+        if (size == 1) return;
+        if (done) board.finished.value.fetch_add(done, std::memory_order_release);
+        for (int turns = 0; board.finished.value.load(std::memory_order_acquire) < all; turns++)
+            turns < SPINS ? _mm_pause() : void(sched_yield());
     }
 
 private:
     static constexpr int SPINS = 200;  // some microseconds; then whoever else has work may do it
     Board& board;
-    int64_t kernels = 0;  // so far
-
-    // Waits for all threads.
-    void wait() {
-        if (size == 1) return;
-        const int64_t now = board.barriers.value.load(std::memory_order_relaxed);
-        if (board.arrived.value.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
-            board.arrived.value.store(0, std::memory_order_relaxed);
-            board.barriers.value.store(now + 1, std::memory_order_release);
-            return;
-        }
-        for (int turns = 0; board.barriers.value.load(std::memory_order_acquire) == now; turns++)
-            turns < SPINS ? _mm_pause() : void(sched_yield());
-    }
+    int64_t all = 0;              // tasks of kernels so far
+    std::vector<int64_t> before;  // of those, the ones in each thread's ranges
 };
 
 // work(team) on so many threads, or as many as there are.
