@@ -1,4 +1,4 @@
-// All layers of a decoder in one call: a team of threads goes through the kernels with nothing but barriers in between.
+// All layers of a decoder in one call: a team of threads goes through the kernels together.
 
 #include <algorithm>
 #include <chrono>

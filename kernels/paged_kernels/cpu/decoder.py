@@ -1,7 +1,7 @@
 """All layers of a decoder in one call of the compiled kernels.
 
-Between kernels, nothing runs but a barrier: no interpreter, and no start of threads, which cost more than the small
-kernels themselves. A thread whose core is busy with something else is helped by the others.
+Between kernels, threads only wait for each other's tasks: no interpreter runs, and no threads are started, which cost
+more than the small kernels themselves. A thread whose core is busy with something else is helped by the others.
 """
 
 from __future__ import annotations
