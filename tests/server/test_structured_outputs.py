@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+from concurrent.futures import ThreadPoolExecutor
+
+from transformers import PreTrainedTokenizerFast
 
 from tests.server.client import Client
+from tests.text import schemas
 from tests.text.test_grammar import SLOW
 
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"], "additionalProperties": False}
@@ -33,3 +38,23 @@ def test_a_bad_schema_fails_alone(client: Client) -> None:
     assert 'structured_outputs=\'{"type": "strin"}\': Invalid type: strin' in bad.error
     assert slow.error is not None
     assert re.search("takes more than (2 seconds|1024 MiB of memory) to compile", slow.error)
+
+
+def test_200_schemas(client: Client, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    closing = {str(token): 4.0 for token in byte_tokenizer('"}]').input_ids}
+    wanted = [schemas.schema(random.Random(seed)) for seed in range(200)]
+
+    def ask(number: int) -> str | None:
+        """The text, if the model has ended it."""
+        sampling = {"structured_outputs": {"json": wanted[number]}, "max_tokens": 120, "seed": number}
+        inputs = {"return_finish_reason": True}
+        answer = client.ask(f"number {number}", sampling=sampling | {"logit_bias": closing}, inputs=inputs)
+        assert answer["finish_reason"][0] in ("stop", "length")
+        return answer["text_output"][0] if answer["finish_reason"] == ["stop"] else None
+
+    with ThreadPoolExecutor(16) as threads:
+        texts = list(threads.map(ask, range(200)))
+    assert len(texts) - texts.count(None) > 120
+    for text, schema in zip(texts, wanted, strict=True):
+        if text is not None:
+            schemas.check(text, schema)
