@@ -12,8 +12,8 @@ from paged_backend.request import RequestOutput
 _ROUND_SECONDS = 0.001
 """Of one core, about, that it takes from the engine to send something: threads of four processes wake up ..."""
 _RESPONSE_SECONDS = 0.0007
-"""... and that each response takes: 0.3 ms of server, backend and client, while a thread of the engine may have lost its
-core within a task that the others wait for (docs/performance.md)."""
+"""... and that each response takes: 0.3 ms of server, backend and client, while a thread of the engine may have lost
+its core within a task that the others wait for (docs/performance.md)."""
 _LONGEST_SECONDS = 1.0
 _LONGEST_STEPS = 16
 
